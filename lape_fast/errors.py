@@ -1,0 +1,49 @@
+"""Every error that lape_fast raises on purpose. Each message is a full sentence with the offending value and the fix."""
+
+
+class LapeFastError(Exception):
+    """Base of all errors raised by lape_fast; the command line prints it as one sentence, without a traceback."""
+
+
+class BackendError(LapeFastError, RuntimeError):
+    """A backend was asked for that cannot run here (missing extension, no GPU, unknown name)."""
+
+
+class ShapeError(LapeFastError, ValueError):
+    """A tensor has the wrong shape, dtype, device or index range for an op or a file."""
+
+
+class ArchitectureError(LapeFastError, ValueError):
+    """The model's feed-forward layout is not in the table, or the model is not what a file was made for."""
+
+
+class CorpusError(LapeFastError, ValueError):
+    """A corpus is missing, empty, undecodable or lacks a language."""
+
+
+class LanguageError(LapeFastError, KeyError):
+    """A language code is unknown, or absent from the file that was asked for it."""
+
+    def __str__(self) -> str:
+        # KeyError would print the repr of the message, with quotes around a full sentence.
+        return str(self.args[0]) if self.args else ""
+
+
+class FileFormatError(LapeFastError, ValueError):
+    """A file is not what its name or its metadata says, or cannot be read safely."""
+
+
+class FileExistsAlreadyError(LapeFastError, FileExistsError):
+    """An output would overwrite something that another run wrote."""
+
+
+class SelectionError(LapeFastError, ValueError):
+    """Neurons cannot be selected from these counts with these thresholds."""
+
+
+class TrainingError(LapeFastError, RuntimeError):
+    """Training cannot start or continue."""
+
+
+class ConfigError(LapeFastError, ValueError):
+    """An option, or the YAML file that sets it, has a value that makes no sense."""

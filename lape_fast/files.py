@@ -1,0 +1,152 @@
+"""Files that are whole or absent: atomic writes, and safetensors whose metadata is JSON.
+
+Every file is written beside its final name, synced and renamed, so an interrupt or a full disk leaves the old file
+as it was. Nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from lape_fast.errors import FileFormatError
+
+SCHEMA_VERSION = 1
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``; on success it replaces ``path`` in one step, on failure it vanishes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp creates 0600; a finished file has the permissions that open() would have given it.
+        temporary.chmod(0o666 & ~_umask())
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Writes ``content`` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes ``text`` as UTF-8, atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes ``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads JSON.
+
+    Raises:
+        FileFormatError: the file is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FileFormatError(f"{path} is not valid JSON ({error}); write it again.") from error
+
+
+def write_tensors(
+    path: str | os.PathLike, kind: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Writes a safetensors file whose metadata values are JSON, atomically.
+
+    Args:
+        path: where to write.
+        kind: what the file holds ("counts", "neurons", "adapter"); checked when it is read.
+        tensors: name -> tensor, on any device.
+        metadata: JSON-serialisable values; ``kind`` and ``schema_version`` are added.
+    """
+    header = {"kind": kind, "schema_version": SCHEMA_VERSION, **metadata}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    encoded = {name: json.dumps(value, ensure_ascii=False) for name, value in header.items()}
+    # "format": "pt" is what other readers of safetensors expect to find, unquoted.
+    write_bytes(path, save(contiguous, metadata={"format": "pt", **encoded}))
+
+
+def read_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads a file that ``write_tensors`` wrote.
+
+    Returns:
+        The tensors by name, and the metadata with its JSON values decoded.
+
+    Raises:
+        FileFormatError: not a safetensors file, of another kind, or of a newer schema.
+    """
+    metadata = read_metadata(path)
+    if metadata.get("kind") != kind:
+        raise FileFormatError(
+            f"{path} holds {metadata.get('kind')!r} where a file of {kind!r} is needed; check which file was named."
+        )
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads only the metadata of a file that ``write_tensors`` wrote.
+
+    Raises:
+        FileFormatError: missing, not a safetensors file, not written by lape_fast, or of a newer schema.
+    """
+    if not Path(path).is_file():
+        raise FileFormatError(f"{path} does not exist or is not a file; check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            raw = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise FileFormatError(f"{path} is not a complete safetensors file ({error}); write it again.") from error
+    raw.pop("format", None)
+    try:
+        metadata = {name: json.loads(value) for name, value in raw.items()}
+    except json.JSONDecodeError as error:
+        raise FileFormatError(f"{path} was not written by lape_fast: its metadata is not JSON ({error}).") from error
+    version = metadata.get("schema_version")
+    if not isinstance(version, int):
+        raise FileFormatError(f"{path} was not written by lape_fast: it has no schema_version in its metadata.")
+    if version > SCHEMA_VERSION:
+        raise FileFormatError(
+            f"{path} has schema version {version}, but this lape_fast reads up to {SCHEMA_VERSION}; upgrade lape_fast."
+        )
+    return metadata
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_hash(value: Any) -> str:
+    """SHA-256 of a JSON value in its canonical form (sorted keys, no blanks), as hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,6 @@
+"""The ops: each module holds the plain PyTorch reference, the registration and the public function of one op."""
+
+from lape_fast.ops.gated_activation import ACTIVATIONS, gated_activation
+from lape_fast.ops.gated_activation_backward import gated_activation_backward, slot_map
+
+__all__ = ["ACTIVATIONS", "gated_activation", "gated_activation_backward", "slot_map"]
