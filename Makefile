@@ -1,0 +1,52 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets itself up from python3, a C++ compiler and a
+# package index; a second run reuses the set-up.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint format setup benchmarks maltese clean
+
+demo: setup
+	$(BIN)/lape-fast demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Measured figures with machine, versions and commit, one JSON file per benchmark.
+benchmarks: setup
+	$(BIN)/python -m benchmarks.count_overhead --json benchmarks/results/cpu/count_overhead.json
+	$(BIN)/python -m benchmarks.train_step --json benchmarks/results/cpu/train_step.json
+	$(BIN)/python -m benchmarks.select --json benchmarks/results/cpu/select.json
+
+# The main job on real text: a folder of aligned text named by language code, with the conventional line ranges.
+CORPUS ?= ../shared/corpus
+maltese: setup
+	$(BIN)/python -m benchmarks.maltese --corpus $(CORPUS) --json benchmarks/results/cpu/maltese.json
+
+setup: $(VENV)/.built
+
+# torch first and by its exact version; the build then finds it instead of fetching another.
+$(VENV)/.installed: constraints.txt setup.py
+	@echo "Setting up $(VENV): a few minutes the first time."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) setuptools wheel pybind11 ninja
+	$(PIP) --no-build-isolation --editable '.[test]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(wildcard csrc/*)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info lape_fast/*.so
