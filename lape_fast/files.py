@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lape_fast.errors import FileFormatError
+from lape_fast.errors import FileExistsAlreadyError, FileFormatError
 
 SCHEMA_VERSION = 1
 
@@ -41,6 +41,25 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary folder that becomes ``path`` on success and vanishes on failure.
+
+    Raises:
+        FileExistsAlreadyError: ``path`` is there already and is not an empty folder.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsAlreadyError(f"{path} exists already; choose another output or remove it first.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True) as parent:
+        # A folder inside the private one gets ordinary permissions.
+        temporary = Path(parent) / path.name
+        temporary.mkdir()
+        yield temporary
+        os.replace(temporary, path)
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
