@@ -242,12 +242,13 @@ class _SubnetworkFunction(torch.autograd.Function):
                 "backward() before the optimizer's step or a switch of the subnetwork."
             )
         x, gate, up = ctx.saved_tensors
-        ctx.spent = gate is not None
+        if not ctx.needs_input_grad[0]:
+            return _backward_lowest(layer, x, gate, up, grad_y)
         if gate is None:
             gate, up = layer.ffn.project(x)
-        if ctx.needs_input_grad[0]:
-            return _backward_through(layer, x, gate, up, grad_y)
-        return _backward_lowest(layer, x, gate, up, grad_y)
+        else:
+            ctx.spent = True
+        return _backward_through(layer, x, gate, up, grad_y)
 
 
 def _backward_through(layer: SubnetworkFFN, x: Tensor, gate: Tensor, up: Tensor | None, grad_y: Tensor):
@@ -268,6 +269,8 @@ def _backward_lowest(layer: SubnetworkFFN, x: Tensor, gate: Tensor, up: Tensor |
     ffn, selected = layer.ffn, len(layer.neurons)
     grad_h = grad_y @ ffn.down_weight[:, layer.neurons]
     every = torch.arange(selected, dtype=torch.int32, device=x.device)
+    # Copies, for they are small: what is kept stays valid for a second backward pass.
+    gate, up = gate.clone(), None if up is None else up.clone()
     hidden, grads = gated_activation_backward(grad_h, gate, up, ffn.activation, every, selected)
     return None, *_weight_gradients(layer, x, hidden, grads, grad_y), None
 
