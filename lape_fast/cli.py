@@ -385,6 +385,7 @@ def convert(
     Example: lape-fast convert mask.pth --languages mt,af,is --neurons-per-layer 14336 --output neurons.safetensors
     """
     from lape_fast.identify import NeuronSet, export_masks, import_masks
+    from lape_fast.identify.counts import canonical_or_same
 
     _refuse_existing(output)
     if source.suffix == ".safetensors":
@@ -396,7 +397,8 @@ def convert(
                 f"{source} holds no names and no width; add --languages with its languages in order, and "
                 "--neurons-per-layer with the FFN width of its model."
             )
-        neurons = import_masks(source, _split(languages), neurons_per_layer)
+        codes = [canonical_or_same(code) for code in _split(languages)]
+        neurons = import_masks(source, codes, neurons_per_layer)
         neurons.save(output)
     print_neurons(neurons, as_json)
 

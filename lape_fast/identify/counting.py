@@ -75,7 +75,7 @@ class CountingFFN(nn.Module):
 
 
 @contextlib.contextmanager
-def counting(model: nn.Module, counts: Tensor, *, skip_last: bool = True) -> Iterator[list[CountingFFN]]:
+def counting_ffns(model: nn.Module, counts: Tensor, *, skip_last: bool = True) -> Iterator[list[CountingFFN]]:
     """Within the context the model's FFNs count; set ``language_ids`` of the yielded modules before each forward.
 
     Args:
@@ -94,7 +94,7 @@ def counting(model: nn.Module, counts: Tensor, *, skip_last: bool = True) -> Ite
 
 @torch.inference_mode()
 def count_batch(model: nn.Module, modules: Sequence[CountingFFN], packed: Packed) -> None:
-    """Runs the model without its head over one batch of rows, under ``counting``."""
+    """Runs the model without its head over one batch of rows, under ``counting_ffns``."""
     device = modules[0].ffn.gate_weight.device
     language_ids = packed.language_ids.to(device)
     for module in modules:
@@ -142,7 +142,7 @@ def count_activations(
     languages, packing = corpus.languages, supports_packing(model)
     counts, tokens, position = _start(model, languages, checkpoint, run)
     saved = time.monotonic()
-    with counting(model, counts) as modules, progress_bar("counting", len(languages)) as advance:
+    with counting_ffns(model, counts) as modules, progress_bar("counting", len(languages)) as advance:
         advance(position.language)
         for group in _groups(tokenizer, corpus, position, batch_tokens, tokens_per_language, tokens):
             packed = pack(
@@ -191,10 +191,20 @@ def run_identity(
 def differences(run: dict[str, Any], earlier: dict[str, Any]) -> str:
     """What differs between a run's identity and an earlier one's, in words; empty if nothing does."""
     return "; ".join(
-        f"{name} was {str(earlier.get(name))[:80]} and is {str(value)[:80]}"
+        f"{name} was {_in_words(earlier.get(name))} and is {_in_words(value)}"
         for name, value in run.items()
-        if earlier.get(name) != value
+        if _compared(earlier.get(name)) != _compared(value)
     )
+
+
+def _compared(value: Any) -> Any:
+    # A corpus is the same under another path: its fingerprint covers files, sizes, lines and languages.
+    return value.get("fingerprint") if isinstance(value, dict) else value
+
+
+def _in_words(value: Any) -> str:
+    described = f"{value.get('spec')} ({str(value.get('fingerprint'))[:12]})" if isinstance(value, dict) else str(value)
+    return described if len(described) <= 100 else described[:97] + "..."
 
 
 def fit_context(model: nn.Module, context_length: int) -> int:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from lape_fast.errors import ConfigError, TrainingError
 from lape_fast.models import FFN, check_neurons, find_ffns, model_identity
@@ -25,6 +27,9 @@ from lape_fast.ops import gated_activation, gated_activation_backward, slot_map
 Policy = Literal["save", "recompute"]
 
 PARTS = ("gate_rows", "up_rows", "down_columns")
+
+# Every subnetwork FFN that is in a model, for the optimizer hook at the end of this file.
+_ATTACHED: weakref.WeakSet[SubnetworkFFN] = weakref.WeakSet()
 
 
 class SubnetworkFFN(nn.Module):
@@ -42,7 +47,8 @@ class SubnetworkFFN(nn.Module):
         self.policy = policy
         # The projections stay submodules, so that .to(), .train() and state dicts still reach the base weights.
         self.projections = nn.ModuleDict(ffn.projections)
-        self.writes = 0
+        # Whether the base holds the trained values, and how often they were written.
+        self.active, self.writes = True, 0
         device = ffn.gate_weight.device
         neurons = neurons.to(device=device, dtype=torch.int64)
         self.register_buffer("neurons", neurons, persistent=False)
@@ -53,7 +59,12 @@ class SubnetworkFFN(nn.Module):
             # A copy even where the dtype is the same: the original must not move with the master.
             master = values.to(master_dtype(values.dtype), copy=True)
             self.register_parameter(part, nn.Parameter(master) if len(neurons) else None)
-        self._written = self._versions()
+        _ATTACHED.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A deep copy is made without __init__, and its optimizer must find it too.
+        super().__setstate__(state)
+        _ATTACHED.add(self)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -64,16 +75,14 @@ class SubnetworkFFN(nn.Module):
         return f"layer={self.ffn.layer}, neurons={len(self.neurons)} of {self.ffn.neurons}, policy={self.policy}"
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        self.synchronize()
         # Unpacked so that autograd sees the parameters; an absent one is None.
         masters = [getattr(self, part, None) for part in PARTS]
         return _SubnetworkFunction.apply(x, *masters, self)
 
     def synchronize(self) -> None:
-        """Rounds the masters into the base weight if an optimizer (or anything else) changed them since."""
-        if self._versions() != self._written:
+        """Rounds the masters into the base weight; every torch optimizer's step does this by itself."""
+        if self.active:
             self.write(self.masters())
-            self._written = self._versions()
 
     @torch.no_grad()
     def write(self, values: dict[str, Tensor]) -> None:
@@ -104,9 +113,6 @@ class SubnetworkFFN(nn.Module):
         }
         return weights[part]
 
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(master._version for master in self.masters().values())
-
 
 class Subnetwork:
     """The subnetwork of a whole model, attached by ``attach_subnetwork``.
@@ -129,30 +135,29 @@ class Subnetwork:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def synchronize(self) -> None:
-        """Makes the base weights hold the current trained values."""
+        """Makes the base weights hold the trained values, after masters were changed by anything but an optimizer."""
         for layer in self.layers:
             layer.synchronize()
 
     def detach(self, *, keep: bool) -> None:
         """Gives the model its own modules back, with the trained values in its weights or the original ones."""
         for layer in self.layers:
-            if keep:
-                layer.synchronize()
-            else:
-                layer.write(layer.originals())
+            layer.write(layer.masters() if keep else layer.originals())
+            layer.active = False
             layer.ffn.restore()
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the context the model computes with its original weights, bit for bit."""
-        self.synchronize()
         for layer in self.layers:
+            layer.active = False
             layer.write(layer.originals())
         try:
             yield
         finally:
             for layer in self.layers:
-                layer.write(layer.masters())
+                layer.active = True
+                layer.synchronize()
 
     def neurons(self) -> dict[int, Tensor]:
         """The neurons per layer, on the CPU, where there are any."""
@@ -294,3 +299,14 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     if left.device.type == "cuda":
         return torch.mm(left.T, right, out_dtype=wide)
     return left.to(wide).T @ right.to(wide)
+
+
+def _write_after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    """Brings what an optimizer did to masters into the base weights. Fused optimizers leave no other trace of it."""
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer in list(_ATTACHED):
+        if any(id(master) in stepped for master in layer.masters().values()):
+            layer.synchronize()
+
+
+register_optimizer_step_post_hook(_write_after_step)

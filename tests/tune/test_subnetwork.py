@@ -298,3 +298,31 @@ def test_an_unknown_policy_is_refused():
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="'offload' is unknown"):
         attach_subnetwork(model, neurons_of(model, [1, 1]), "offload")
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+def test_every_kind_of_optimizer_reaches_the_base_weight(options):
+    model = tiny_model("llama")
+    # A copy has its own masters, and its own base to write them to.
+    for model in (model, copy.deepcopy(model)):
+        subnetwork = attach_subnetwork(model, neurons_of(model, [2, 2]))
+        optimizer = torch.optim.AdamW(subnetwork.parameters(), lr=1e-2, **options)
+        model(**batch()).loss.backward()
+        optimizer.step()
+        for layer in subnetwork.layers:
+            assert torch.equal(layer.ffn.gate_weight[layer.neurons], layer.gate_rows)
+            assert not torch.equal(layer.gate_rows, layer.original_gate_rows)
+
+
+def test_a_deep_copy_of_an_attached_model_trains_by_itself():
+    model = tiny_model("llama")
+    attach_subnetwork(model, neurons_of(model, [2, 2]))
+    copied = copy.deepcopy(model)
+    optimizer = torch.optim.SGD([p for p in copied.parameters() if p.requires_grad], lr=1.0)
+    copied(**batch()).loss.backward()
+    optimizer.step()
+    layer, original = copied.model.layers[1].mlp, model.model.layers[1].mlp
+    assert torch.equal(layer.ffn.gate_weight[layer.neurons], layer.gate_rows)
+    assert torch.equal(layer.projections["gate"].weight, layer.ffn.gate_weight)
+    assert not torch.equal(layer.gate_rows, original.gate_rows)
+    assert torch.equal(original.ffn.gate_weight[original.neurons], original.gate_rows)

@@ -1,0 +1,248 @@
+"""How often each neuron fired for each language: whole numbers that add up over shards, nodes and resumed runs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lape_fast.errors import ArchitectureError, FileFormatError, LanguageError, SelectionError, ShapeError
+from lape_fast.files import json_hash, read_tensors, write_tensors
+from lape_fast.text.languages import canonical, is_language, nearest
+
+# Metadata that the file itself needs; everything else is the caller's.
+FILE_FIELDS = ("kind", "schema_version", "languages")
+
+INTEGER_DTYPES = frozenset(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
+
+
+def canonical_or_same(code: str) -> str:
+    """The canonical form of a language code, or the code itself where no table knows it."""
+    try:
+        return canonical(code)
+    except LanguageError:
+        return code
+
+
+def find_language(languages: Sequence[str], wanted: str) -> int:
+    """The position of a language under any of its spellings.
+
+    Raises:
+        LanguageError: it is not among ``languages``; the message lists the near ones.
+    """
+    if wanted in languages:
+        return languages.index(wanted)
+    same = [canonical_or_same(language) for language in languages]
+    code = canonical_or_same(wanted)
+    if code in same:
+        return same.index(code)
+    near = nearest(wanted, [known for known in same if is_language(known)]) or list(languages[:5])
+    raise LanguageError(
+        f"Language {wanted!r} is not among the {len(languages)} languages held here; near it: {', '.join(near)}."
+    )
+
+
+def check_languages(languages: Sequence[str]) -> list[str]:
+    """Returns the codes as a list.
+
+    Raises:
+        LanguageError: no code at all, one that is not a string, or two that name the same language.
+    """
+    if not isinstance(languages, (list, tuple)) or not all(isinstance(code, str) and code for code in languages):
+        raise LanguageError(f"Languages must be a list of codes such as 'mlt_Latn', not {languages!r}.")
+    if not languages:
+        raise LanguageError("No language was given; name at least one.")
+    first: dict[str, str] = {}
+    for code in languages:
+        same = canonical_or_same(code)
+        if same in first:
+            raise LanguageError(f"Languages {first[same]!r} and {code!r} are the same; keep one of them.")
+        first[same] = code
+    return list(languages)
+
+
+def _as_counts(name: str, values: Any, dimensions: int) -> torch.Tensor:
+    values = torch.as_tensor(values)
+    if values.dtype not in INTEGER_DTYPES:
+        raise ShapeError(f"`{name}` has dtype {values.dtype}, but counts are whole numbers; pass an integer tensor.")
+    if values.dim() != dimensions or values.numel() == 0:
+        shape = "[languages, layers, neurons]" if dimensions == 3 else "[languages]"
+        raise ShapeError(f"`{name}` has shape {list(values.shape)}; it must be {shape} and not empty.")
+    return values.to("cpu", torch.int64).contiguous()
+
+
+def _check_same_model(first: ActivationCounts, other: ActivationCounts) -> None:
+    if other.positive.shape[1:] != first.positive.shape[1:]:
+        raise ArchitectureError(
+            f"Counts of {other.layers} layers x {other.neurons_per_layer} neurons cannot be added to counts of "
+            f"{first.layers} x {first.neurons_per_layer}; merge only counts of one model."
+        )
+    hashes = {part.metadata["config_hash"] for part in (first, other) if "config_hash" in part.metadata}
+    if len(hashes) > 1:
+        names = " and ".join(str(part.metadata.get("model", "an unnamed model")) for part in (first, other))
+        raise ArchitectureError(
+            f"The counts come from models with different configurations ({names}: config_hash "
+            f"{' and '.join(sorted(hashes))}); merge only counts of one model."
+        )
+
+
+@dataclass(eq=False)
+class ActivationCounts:
+    """Counts of positive gate activations.
+
+    Args:
+        positive: [G, L, F], of any integer dtype: tokens of a language for which a neuron's gate was positive.
+        tokens: [G], of any integer dtype: counted tokens of a language.
+        languages: G codes.
+        metadata: JSON values that say where the counts come from (model, config hash, corpus ...).
+
+    Raises:
+        ShapeError: shapes that do not agree, dtypes other than integers, negative counts, more positives than tokens.
+        LanguageError: two codes of the same language.
+    """
+
+    positive: torch.Tensor
+    tokens: torch.Tensor
+    languages: list[str]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.positive = _as_counts("positive", self.positive, 3)
+        self.tokens = _as_counts("tokens", self.tokens, 1)
+        self.languages = check_languages(self.languages)
+        self.metadata = dict(self.metadata)
+        if not len(self.languages) == len(self.positive) == len(self.tokens):
+            raise ShapeError(
+                f"`positive` holds {len(self.positive)} languages and `tokens` {len(self.tokens)}, but "
+                f"{len(self.languages)} codes are given; all three must agree."
+            )
+        least, most = self.positive.flatten(1).aminmax(dim=1)
+        for language, low, high, tokens in zip(
+            self.languages, least.tolist(), most.tolist(), self.tokens.tolist(), strict=True
+        ):
+            if min(low, tokens) < 0:
+                raise ShapeError(f"Language {language!r} has a count of {min(low, tokens)}; counts cannot be negative.")
+            if high > tokens:
+                raise ShapeError(
+                    f"Language {language!r} has a neuron that fired {high} times in {tokens} tokens; "
+                    "`positive` and `tokens` must come from the same run."
+                )
+
+    @property
+    def layers(self) -> int:
+        return self.positive.shape[1]
+
+    @property
+    def neurons_per_layer(self) -> int:
+        return self.positive.shape[2]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> ActivationCounts:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            FileFormatError: not a counts file, incomplete, or with tensors that do not agree.
+        """
+        tensors, metadata = read_tensors(path, "counts")
+        missing = [name for name in ("positive", "tokens") if name not in tensors]
+        if missing or "languages" not in metadata:
+            raise FileFormatError(f"{path} lacks {', '.join(missing) or 'its language codes'}; count again.")
+        kept = {name: value for name, value in metadata.items() if name not in FILE_FIELDS}
+        try:
+            return cls(tensors["positive"], tensors["tokens"], metadata["languages"], kept)
+        except (ShapeError, LanguageError) as error:
+            raise FileFormatError(f"{path} holds counts that make no sense: {error}") from error
+
+    @classmethod
+    def merge(cls, parts: Sequence[ActivationCounts]) -> ActivationCounts:
+        """Adds counts of the same model by language.
+
+        Args:
+            parts: counts of shards, nodes or runs; each may hold other languages.
+
+        Returns:
+            The sums over the union of the languages, in order of first appearance, with the metadata that every
+            part shares.
+
+        Raises:
+            ArchitectureError: parts that come from different models.
+            ShapeError: no part at all.
+        """
+        if not parts:
+            raise ShapeError("There are no counts to merge; pass at least one.")
+        first = parts[0]
+        for part in parts:
+            _check_same_model(first, part)
+        spellings: dict[str, str] = {}
+        for part in parts:
+            for code in part.languages:
+                spellings.setdefault(canonical_or_same(code), code)
+        order = list(spellings)
+        positive = torch.zeros(len(order), first.layers, first.neurons_per_layer, dtype=torch.int64)
+        tokens = torch.zeros(len(order), dtype=torch.int64)
+        for part in parts:
+            positions = torch.tensor([order.index(canonical_or_same(code)) for code in part.languages])
+            positive.index_add_(0, positions, part.positive)
+            tokens.index_add_(0, positions, part.tokens)
+        shared = {
+            name: value
+            for name, value in first.metadata.items()
+            if all(name in part.metadata and part.metadata[name] == value for part in parts)
+        }
+        return cls(positive, tokens, list(spellings.values()), shared)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes ``counts.safetensors``, atomically."""
+        tensors = {"positive": self.positive, "tokens": self.tokens}
+        write_tensors(path, "counts", tensors, {**self.metadata, "languages": self.languages})
+
+    def restrict(self, languages: Sequence[str]) -> ActivationCounts:
+        """The counts of some languages, in the order given.
+
+        Raises:
+            LanguageError: a language that is not held here.
+        """
+        positions = [find_language(self.languages, language) for language in languages]
+        codes = [self.languages[position] for position in positions]
+        return ActivationCounts(self.positive[positions], self.tokens[positions], codes, self.metadata)
+
+    def check_tokens(self) -> None:
+        """Makes sure that every language has a probability.
+
+        Raises:
+            SelectionError: languages without a token, by name.
+        """
+        silent = [code for code, tokens in zip(self.languages, self.tokens.tolist(), strict=True) if tokens == 0]
+        if silent:
+            raise SelectionError(
+                f"No token was counted for {', '.join(silent)}, so nothing is known about their neurons; "
+                "give them text, or leave them out."
+            )
+
+    def probability(self) -> torch.Tensor:
+        """How likely each neuron fires for a token of each language.
+
+        Returns:
+            float64 [G, L, F].
+
+        Raises:
+            SelectionError: a language has no tokens.
+        """
+        self.check_tokens()
+        return self.positive.double().div_(self.tokens.double()[:, None, None])
+
+    def fingerprint(self) -> str:
+        """SHA-256 over languages, shape, tokens and all counts, as hex; the same on every machine."""
+
+        def digest(counts: torch.Tensor) -> str:
+            return hashlib.sha256(counts.numpy()).hexdigest()
+
+        # hashlib leaves the interpreter lock while it works.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            digests = list(pool.map(digest, self.positive))
+        return json_hash([self.languages, list(self.positive.shape), self.tokens.tolist(), digests])

@@ -1,0 +1,290 @@
+"""The neurons of each language: sorted indices per layer, checked once and then trusted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lape_fast.errors import ArchitectureError, FileFormatError, LanguageError, SelectionError, ShapeError
+from lape_fast.files import read_tensors, write_tensors
+from lape_fast.identify.counts import INTEGER_DTYPES, check_languages, find_language
+
+# Metadata that the file itself needs; everything else (rule, thresholds, source) is the maker's.
+FILE_FIELDS = ("kind", "schema_version", "languages", "layers", "neurons_per_layer")
+
+
+def random_like(neurons: NeuronSet, language: str, seed: int) -> NeuronSet:
+    """As many neurons as a language has, drawn uniformly over all layers from those that are not the language's.
+
+    The control for every study of a language's neurons. The draw depends on the seed alone, never on hardware.
+
+    Args:
+        neurons: where the language's neurons stand.
+        language: the language to match, in any spelling.
+        seed: of the draw.
+
+    Raises:
+        LanguageError: ``neurons`` does not hold the language.
+        SelectionError: the language holds more than half of all neurons, so too few are left to draw from.
+    """
+    code = neurons.languages[find_language(neurons.languages, language)]
+    own = neurons.flat(code)
+    free = torch.ones(neurons.layers * neurons.neurons_per_layer, dtype=torch.bool)
+    free[own] = False
+    others = free.nonzero().squeeze(1)
+    if len(others) < len(own):
+        raise SelectionError(
+            f"Language {code!r} has {len(own)} neurons and only {len(others)} are not its own, so no random set of "
+            "that size exists beside it; select fewer neurons."
+        )
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
+    drawn = others[order[: len(own)]].sort().values
+    metadata = {**neurons.metadata, "rule": "random", "seed": seed, "like": code}
+    return NeuronSet.from_flat({code: drawn}, neurons.layers, neurons.neurons_per_layer, metadata)
+
+
+def _integers(values: Any, language: str, layer: int) -> torch.Tensor:
+    try:
+        indices = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(f"Language {language!r}, layer {layer}: {error}; neuron indices are whole numbers.") from error
+    if indices.dim() != 1:
+        raise ShapeError(
+            f"Language {language!r}, layer {layer}: the indices have shape {list(indices.shape)}; pass one flat list."
+        )
+    # An empty Python list becomes a float tensor.
+    if len(indices) and indices.dtype not in INTEGER_DTYPES:
+        raise ShapeError(
+            f"Language {language!r}, layer {layer}: the indices have dtype {indices.dtype}; they are whole numbers."
+        )
+    return indices.to("cpu", torch.int64)
+
+
+def _check_offsets(offsets: torch.Tensor, segments: int, total: int) -> None:
+    if offsets.dtype not in INTEGER_DTYPES or list(offsets.shape) != [segments + 1]:
+        raise ShapeError(
+            f"`offsets` has dtype {offsets.dtype} and shape {list(offsets.shape)}; "
+            f"it must hold {segments + 1} whole numbers, one more than languages x layers."
+        )
+    if offsets[0] != 0 or offsets[-1] != total:
+        raise ShapeError(
+            f"`offsets` runs from {int(offsets[0])} to {int(offsets[-1])}; it must run from 0 to the {total} indices."
+        )
+    falls = (offsets.diff() < 0).nonzero()
+    if len(falls):
+        raise ShapeError(f"`offsets` falls after position {int(falls[0])}; each offset must be at least the last.")
+
+
+@dataclass(eq=False)
+class NeuronSet:
+    """Which neurons belong to which language; ``neurons["mlt_Latn"][layer]`` is a sorted int64 tensor of indices.
+
+    Args:
+        languages: G codes.
+        indices: [total], of any integer dtype: neuron indices of all languages and layers, language by language and
+            layer by layer, strictly increasing within a layer.
+        offsets: [G * L + 1]: where each language and layer starts in ``indices``.
+        layers: L.
+        neurons_per_layer: F.
+        metadata: JSON values that say how the neurons were found (rule, thresholds, model ...).
+
+    Raises:
+        ShapeError: offsets or indices that are out of range, out of order or repeated.
+        LanguageError: two codes of the same language.
+    """
+
+    languages: list[str]
+    indices: torch.Tensor
+    offsets: torch.Tensor
+    layers: int
+    neurons_per_layer: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.languages = check_languages(self.languages)
+        self.metadata = dict(self.metadata)
+        for name in ("layers", "neurons_per_layer"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ShapeError(f"`{name}` is {value!r}; it must be a positive whole number.")
+        if self.indices.dim() != 1 or self.indices.dtype not in INTEGER_DTYPES:
+            raise ShapeError(
+                f"`indices` has dtype {self.indices.dtype} and shape {list(self.indices.shape)}; "
+                "it must be one flat row of whole numbers."
+            )
+        _check_offsets(self.offsets, len(self.languages) * self.layers, len(self.indices))
+        self.offsets = self.offsets.to("cpu", torch.int64).contiguous()
+        indices = self.indices.to("cpu", torch.int64)
+        self._check_indices(indices)
+        self.indices = indices.to(torch.int32)
+
+    def _check_indices(self, indices: torch.Tensor) -> None:
+        outside = ((indices < 0) | (indices >= self.neurons_per_layer)).nonzero()
+        if len(outside):
+            raise ShapeError(
+                f"{self._place(int(outside[0]))}: neuron index {int(indices[outside[0]])} is out of range; "
+                f"a layer has {self.neurons_per_layer} neurons, 0 to {self.neurons_per_layer - 1}."
+            )
+        starts = torch.zeros(len(indices) + 1, dtype=torch.bool)
+        starts[self.offsets] = True
+        disordered = ((indices.diff() <= 0) & ~starts[1:-1]).nonzero()
+        if len(disordered):
+            position = int(disordered[0]) + 1
+            value, last = int(indices[position]), int(indices[position - 1])
+            fault = "appears twice" if value == last else f"follows {last}, so the indices are not sorted"
+            raise ShapeError(f"{self._place(position)}: neuron index {value} {fault}; list each neuron once, in order.")
+
+    def _place(self, position: int) -> str:
+        segment = int(torch.searchsorted(self.offsets, position, right=True)) - 1
+        return f"Language {self.languages[segment // self.layers]!r}, layer {segment % self.layers}"
+
+    @classmethod
+    def from_lists(
+        cls,
+        lists: Mapping[str, Sequence[Sequence[int] | torch.Tensor]],
+        neurons_per_layer: int,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> NeuronSet:
+        """Builds a set from one list of indices per language and layer.
+
+        Args:
+            lists: language -> one list or integer tensor per layer, in any order, without repetitions.
+            neurons_per_layer: F.
+            metadata: JSON values to keep with the set.
+
+        Raises:
+            ShapeError: indices out of range or repeated, or languages that differ in their number of layers.
+            LanguageError: no language, or two codes of the same one.
+        """
+        languages = check_languages(list(lists))
+        layers = len(lists[languages[0]])
+        for language in languages:
+            if len(lists[language]) != layers:
+                raise ShapeError(
+                    f"Language {language!r} has {len(lists[language])} layers, but {languages[0]!r} has {layers}; "
+                    "give every language one list per layer, empty where it has no neurons."
+                )
+        segments = [
+            _integers(values, language, layer).sort().values
+            for language in languages
+            for layer, values in enumerate(lists[language])
+        ]
+        offsets = torch.tensor([0, *map(len, segments)]).cumsum(0)
+        indices = torch.cat([torch.empty(0, dtype=torch.int64), *segments])
+        return cls(languages, indices, offsets, layers, neurons_per_layer, dict(metadata or {}))
+
+    @classmethod
+    def from_flat(
+        cls,
+        members: Mapping[str, torch.Tensor],
+        layers: int,
+        neurons_per_layer: int,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> NeuronSet:
+        """Builds a set from positions in the row of all neurons.
+
+        Args:
+            members: language -> sorted int64 [n], each ``layer * neurons_per_layer + neuron``.
+            layers: L.
+            neurons_per_layer: F.
+            metadata: JSON values to keep with the set.
+        """
+        sizes = [torch.bincount(flat // neurons_per_layer, minlength=layers) for flat in members.values()]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), *sizes]).cumsum(0)
+        indices = torch.cat(list(members.values())) % neurons_per_layer
+        return cls(list(members), indices, offsets, layers, neurons_per_layer, dict(metadata or {}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> NeuronSet:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            FileFormatError: not a neuron file, incomplete, or with indices that make no sense.
+        """
+        tensors, metadata = read_tensors(path, "neurons")
+        missing = [name for name in ("indices", "offsets") if name not in tensors]
+        missing += [name for name in FILE_FIELDS if name not in metadata]
+        if missing:
+            raise FileFormatError(f"{path} lacks {', '.join(missing)}; select the neurons again.")
+        kept = {name: value for name, value in metadata.items() if name not in FILE_FIELDS}
+        try:
+            return cls(
+                metadata["languages"],
+                tensors["indices"],
+                tensors["offsets"],
+                metadata["layers"],
+                metadata["neurons_per_layer"],
+                kept,
+            )
+        except (ShapeError, LanguageError) as error:
+            raise FileFormatError(f"{path} holds neurons that make no sense: {error}") from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes ``neurons.safetensors``, atomically."""
+        fields = {name: getattr(self, name) for name in ("languages", "layers", "neurons_per_layer")}
+        write_tensors(path, "neurons", {"indices": self.indices, "offsets": self.offsets}, {**self.metadata, **fields})
+
+    def __getitem__(self, language: str) -> list[torch.Tensor]:
+        """The neurons of a language, in any spelling: one sorted int64 tensor per layer.
+
+        Raises:
+            LanguageError: the set does not hold the language; the message lists the near ones.
+        """
+        first = find_language(self.languages, language) * self.layers
+        offsets = self.offsets[first : first + self.layers + 1].tolist()
+        return [self.indices[start:end].long() for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+
+    def flat(self, language: str) -> torch.Tensor:
+        """The neurons of a language as sorted int64 positions ``layer * neurons_per_layer + neuron``."""
+        return torch.cat([layer * self.neurons_per_layer + chosen for layer, chosen in enumerate(self[language])])
+
+    def count(self, language: str) -> int:
+        """How many neurons a language has, over all layers."""
+        first = find_language(self.languages, language) * self.layers
+        return int(self.offsets[first + self.layers] - self.offsets[first])
+
+    def per_language(self) -> dict[str, int]:
+        """How many neurons each language has."""
+        sizes = self.offsets[:: self.layers].diff().tolist()
+        return dict(zip(self.languages, sizes, strict=True))
+
+    def union(self) -> int:
+        """How many neurons belong to at least one language."""
+        return int(self._members().sum())
+
+    def union_lists(self) -> list[torch.Tensor]:
+        """The neurons that belong to at least one language: one sorted int64 tensor per layer."""
+        return [chosen.nonzero().squeeze(1) for chosen in self._members()]
+
+    def _members(self) -> torch.Tensor:
+        members = torch.zeros(self.layers, self.neurons_per_layer, dtype=torch.bool)
+        for segment, (start, end) in enumerate(zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)):
+            members[segment % self.layers, self.indices[start:end].long()] = True
+        return members
+
+    def summary(self) -> dict[str, Any]:
+        """What a person or a tool wants to know about the set, as JSON values."""
+        return {
+            "languages": self.languages,
+            "layers": self.layers,
+            "neurons_per_layer": self.neurons_per_layer,
+            "union": self.union(),
+            "per_language": self.per_language(),
+            "metadata": self.metadata,
+        }
+
+    def check_model(self, layers: int, neurons_per_layer: int) -> None:
+        """Makes sure that the set was made for a model of this size.
+
+        Raises:
+            ArchitectureError: layers or width differ.
+        """
+        if (layers, neurons_per_layer) != (self.layers, self.neurons_per_layer):
+            raise ArchitectureError(
+                f"The neurons are of a model with {self.layers} layers x {self.neurons_per_layer} neurons, but this "
+                f"model has {layers} x {neurons_per_layer}; use the model they were found in, or identify again."
+            )

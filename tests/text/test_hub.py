@@ -1,0 +1,75 @@
+"""Corpora of the `datasets` library, on a data set that the test writes: no network."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+
+from lape_fast.errors import CorpusError
+from lape_fast.text import open_corpus
+from lape_fast.text.corpus import hub_corpus
+from lape_fast.text.hub import open_stream, streamed_documents
+from lape_fast.text.records import LineRange
+
+CARD = """---
+configs:
+- config_name: 20231101.mt
+  data_files:
+  - {split: train, path: data/mt.jsonl}
+  - {split: test, path: data/other.jsonl}
+- config_name: swh-Latn
+  data_files:
+  - {split: test, path: data/sw.jsonl}
+- config_name: default
+  data_files: data/*.jsonl
+---
+"""
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text(CARD)
+    texts = {"mt": ["wieħed", "", "tnejn", "tlieta"], "other": ["ieħor"], "sw": ["moja", "mbili"]}
+    for name, lines in texts.items():
+        column = "content" if name == "sw" else "text"
+        records = [json.dumps({"id": number, column: line}) for number, line in enumerate(lines)]
+        (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(records) + "\n")
+    return str(tmp_path)
+
+
+def test_configurations_named_by_language_become_languages(data_set):
+    corpus = hub_corpus(data_set, LineRange(), None, None)
+    assert corpus.languages == ["mlt_Latn", "swh_Latn"]
+    assert list(corpus.documents("mlt_Latn")) == ["wieħed", "tnejn", "tlieta"]
+    assert list(corpus.documents("mlt_Latn")) == ["wieħed", "tnejn", "tlieta"]
+    assert list(corpus.documents("sw")) == ["moja", "mbili"]
+
+
+def test_lines_count_the_records(data_set):
+    corpus = hub_corpus(data_set, LineRange.parse("2-3"), ["mt"], None)
+    assert corpus.languages == ["mlt_Latn"]
+    assert list(corpus.documents("mt")) == ["tnejn"]
+    assert corpus.describe()["lines"] == "2-3"
+
+
+def test_stream_is_read_lazily_and_its_columns_are_checked(data_set):
+    stream = open_stream(data_set, "20231101.mt")
+    assert isinstance(stream, datasets.IterableDataset)
+    assert next(streamed_documents(stream, LineRange(), None, "it")) == "wieħed"
+    with pytest.raises(CorpusError, match="it has no column 'body'; .* its columns: id, text"):
+        next(streamed_documents(stream, LineRange(), "body", "it"))
+
+
+def test_data_set_without_languages_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
+    with pytest.raises(CorpusError, match="no configuration named by a language code, only: default"):
+        hub_corpus(str(tmp_path), LineRange(), None, None)
+
+
+def test_hub_id_that_cannot_be_reached_is_refused(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CorpusError, match="'owner/name' is no file or folder, and no data set of that name can be"):
+        open_corpus("owner/name")
