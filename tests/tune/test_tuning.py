@@ -141,15 +141,17 @@ def test_other_settings_do_not_resume_a_run(base, corpus, tmp_path):
         train(model, rows, tmp_path / "work", other, subnetwork=subnetwork)
 
 
-def test_the_best_values_on_validation_text_are_kept(base, corpus, tmp_path):
-    # Validation text that the training text teaches nothing about: the longer the training, the worse.
+def test_the_best_values_on_validation_text_are_kept(base, tmp_path):
+    # Training text that teaches nothing but one letter: the longer the training, the worse on any other text.
+    (tmp_path / "narrow").mkdir()
+    (tmp_path / "narrow" / "mlt_Latn.txt").write_text("qqqqqqqqqqqqqqqqqqqqqqqqqq\n" * 40, encoding="utf-8")
     (tmp_path / "held-out").mkdir()
-    (tmp_path / "held-out" / "mlt_Latn.txt").write_text("77%%99 ##33 @@11\n" * 8, encoding="utf-8")
-    validation = open_corpus(str(tmp_path / "held-out"))
+    (tmp_path / "held-out" / "mlt_Latn.txt").write_text("Il-bieb u l-mejda.\n" * 8, encoding="utf-8")
+    training, validation = open_corpus(str(tmp_path / "narrow")), open_corpus(str(tmp_path / "held-out"))
     model, tokenizer = load_model(base, device="cpu")
     settings = TrainingSettings(context_length=32, rows_per_step=8, steps=12, learning_rate=0.1, evaluate_every=2)
     choice = SubnetworkConfig(NEURONS, "mlt_Latn")
-    _, report = tune_language(model, tokenizer, corpus, choice, tmp_path / "adapter", settings, validation)
+    _, report = tune_language(model, tokenizer, training, choice, tmp_path / "adapter", settings, validation)
     measured = [entry["eval_loss"] for entry in report["log"] if "eval_loss" in entry]
     assert min(measured) < measured[-1]
     rows = pack_documents(model, tokenizer, list(validation.documents("mlt_Latn")), 32)
