@@ -21,7 +21,9 @@ from lape_fast.files import read_json, write_json
 from lape_fast.identify import NeuronSet, count_to_file, identify_neurons
 from lape_fast.models import load_model
 from lape_fast.report import (
+    Picture,
     Section,
+    Table,
     ablation_heatmap,
     language_change,
     learning_curve,
@@ -219,53 +221,68 @@ def _report(output: Path, summary, neurons: NeuronSet, matrix: AblationMatrix, b
     figures = {
         "neurons-by-layer": neurons_by_layer(neurons),
         "ablation": ablation_heatmap(matrix),
-        "change": language_change(before, after, language),
+        "change": language_change(before, {f"{method} tuned": bits for method, bits in after.items()}, language),
         "learning-curve": learning_curve(logs["subnetwork"]["log"], f"Tuning {name}"),
     }
     for stem, figure in figures.items():
         save_figure(figure, output / f"{stem}.png")
     tuning, everything = summary["tuning"]["methods"], summary["all_languages"]
     own, others = matrix.own(), matrix.others()
+    header, rows = _result_rows(summary)
     sections = [
         Section(
             heading="What changed",
-            paragraphs=(_verdict(summary),),
-            table=_result_rows(summary),
-            figure=figures["change"],
-            caption=f"Change in bits per byte on text that no training saw, after tuning {name}; below 0 is better.",
+            paragraphs=[_verdict(summary)],
+            table=Table("Bits per byte on text that no training saw; lower is better.", header, rows),
+            picture=Picture(
+                figures["change"],
+                f"Change in bits per byte after tuning {name}; below 0 is better.",
+                f"Bars of the change in every language, for {name}'s own neurons and for random ones.",
+            ),
         ),
         Section(
             heading="Whose neurons were found",
-            paragraphs=(
+            paragraphs=[
                 PRESET_REASON,
                 f"{summary['identify']['union']:,} of {summary['identify']['neurons_total']:,} neurons belong to at "
                 f"least one language; the median language has {summary['identify']['median_per_language']:g}.",
+            ],
+            picture=Picture(
+                figures["neurons-by-layer"],
+                "Selected neurons per language and layer.",
+                "Heat map of languages by layers, coloured by the number of selected neurons.",
             ),
-            figure=figures["neurons-by-layer"],
-            caption="Selected neurons per language and layer.",
         ),
         Section(
             heading="What switching them off costs",
-            paragraphs=(
+            paragraphs=[
                 f"On average a language loses {fmean(own.values()):.3f} bits per byte without its own neurons, and the "
                 f"others {fmean(others.values()):.3f}. {len(matrix.hits_own_hardest())} of {len(matrix.ablated)} "
                 "languages are hit hardest by the loss of their own.",
+            ],
+            picture=Picture(
+                figures["ablation"],
+                "Bits per byte added: one row per language whose neurons are off, one column per language measured.",
+                "Heat map of languages by languages; the diagonal is what a language's own neurons are worth to it.",
             ),
-            figure=figures["ablation"],
-            caption="Bits per byte added (row: whose neurons are off; column: whose text is measured).",
         ),
         Section(
             heading="How the tuning went",
-            paragraphs=(f"{tuning['subnetwork']['trainable']:,} weights were trained; the rest did not move by a bit.",),
-            figure=figures["learning-curve"],
-            caption="Training loss, and loss on the validation text.",
+            paragraphs=[
+                f"{tuning['subnetwork']['trainable']:,} weights were trained; the others did not change by a bit."
+            ],
+            picture=Picture(
+                figures["learning-curve"],
+                "Training loss, and loss on the validation text.",
+                "Two falling curves over optimizer steps.",
+            ),
         ),
         Section(
             heading="Every built-in language",
-            paragraphs=(
+            paragraphs=[
                 f"{everything['languages']} languages, {everything['tokens']:,} tokens counted in "
                 f"{everything['seconds']:.1f} s: {everything['tokens_per_second']:,.0f} tokens per second.",
-            ),
+            ],
         ),
     ]
     lead = (
@@ -324,5 +341,3 @@ def _print_summary(console: Console, summary: dict[str, Any], output: Path) -> N
         f"{PRESET_REASON}"
     )
     console.print(f"Took {summary['seconds'] / 60:.1f} minutes. The report: {output / 'report.html'}")
-
-

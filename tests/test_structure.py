@@ -49,8 +49,12 @@ def test_a_folder_imports_only_from_its_left(path):
 
 def test_no_source_file_is_longer_than_500_lines():
     repository = PACKAGE.parent
-    sources = [path for folder in ("lape_fast", "kernels", "csrc", "benchmarks") for path in (repository / folder).rglob("*")]
-    long = [path for path in sources if path.suffix in {".py", ".cpp", ".h"} and len(path.read_text().splitlines()) > 500]
+    sources = [
+        path for folder in ("lape_fast", "kernels", "csrc", "benchmarks") for path in (repository / folder).rglob("*")
+    ]
+    long = [
+        path for path in sources if path.suffix in {".py", ".cpp", ".h"} and len(path.read_text().splitlines()) > 500
+    ]
     assert not long
 
 

@@ -47,8 +47,8 @@ def resolve_backend(backend: Backend | None, device: torch.device) -> Literal["r
     if name == "cpp" and (device.type != "cpu" or not EXTENSION_LOADED):
         raise BackendError(
             f"The backend 'cpp' needs CPU tensors and the built extension, but the tensor is on {device} and the "
-            f"extension is {'built' if EXTENSION_LOADED else 'not built'}; run `pip install --no-build-isolation -e .`, "
-            "or leave the choice to backend='auto'."
+            f"extension is {'built' if EXTENSION_LOADED else 'not built'}; run `pip install --no-build-isolation "
+            "-e .`, or leave the choice to backend='auto'."
         )
     if name == "triton" and device.type != "cuda" and not _interpreting():
         raise BackendError(

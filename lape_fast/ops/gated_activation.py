@@ -6,6 +6,7 @@ A neuron fires on a token where its gate is positive: for SiLU, GELU and ReLU th
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -120,7 +121,8 @@ def activation_number(activation: str) -> int:
 
 def as_rows(values: Tensor) -> Tensor:
     """``[..., F]`` as ``[T, F]`` with unit stride in F; a view wherever the layout allows it."""
-    rows = values.reshape(-1, values.shape[-1])
+    # Not -1, which is ambiguous for F = 0.
+    rows = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 

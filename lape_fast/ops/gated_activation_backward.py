@@ -130,7 +130,7 @@ def _rows_in_place(values: Tensor | None) -> Tensor | None:
     if values is None:
         return None
     try:
-        rows = values.view(-1, values.shape[-1])
+        rows = values.view(math.prod(values.shape[:-1]), values.shape[-1])
     except RuntimeError:
         rows = None
     if rows is None or (rows.stride(1) != 1 and rows.shape[1] > 1):

@@ -1,0 +1,71 @@
+"""What commands print: tables for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_json(value: Any) -> None:
+    """Prints JSON on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def new_table(*headers: str) -> Table:
+    """A table whose first column holds names and whose others hold figures."""
+    table = Table()
+    for number, header in enumerate(headers):
+        table.add_column(header, justify="left" if number == 0 else "right")
+    return table
+
+
+def print_neurons(neurons, as_json: bool, tokens: dict[str, int] | None = None) -> None:
+    """Prints how many neurons each language has, and from how many tokens if they were just counted."""
+    summary = neurons.summary() | ({"tokens": tokens} if tokens else {})
+    if as_json:
+        print_json(summary)
+        return
+    from lape_fast.text import language_name
+
+    table = new_table("language", "name", "neurons", "tokens counted")
+    for language, size in summary["per_language"].items():
+        table.add_row(language, language_name(language), f"{size:,}", f"{tokens[language]:,}" if tokens else "")
+    Console().print(table)
+    total = summary["layers"] * summary["neurons_per_layer"]
+    Console().print(f"{summary['union']:,} of {total:,} neurons belong to at least one language.")
+
+
+def print_scores(columns: dict, as_json: bool) -> None:
+    """Prints the scores of each language, one column per model: the base first, then what came of it."""
+    measured = {
+        name: {
+            language: {"bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity, **vars(score)}
+            for language, score in scores.items()
+        }
+        for name, scores in columns.items()
+    }
+    if as_json:
+        print_json(measured)
+        return
+    table = new_table("language", *(f"{name}: bits per byte" for name in columns), "change", "perplexity")
+    for language in measured["base"]:
+        values = [scores[language]["bits_per_byte"] for scores in measured.values()]
+        last = list(measured.values())[-1][language]
+        change = f"{values[-1] - values[0]:+.4f}" if len(values) > 1 else ""
+        table.add_row(language, *(f"{value:.4f}" for value in values), change, f"{last['perplexity']:.2f}")
+    Console().print(table)
+
+
+def print_facts(name: Any, facts: dict[str, Any], as_json: bool) -> None:
+    """Prints names and values."""
+    if as_json:
+        print_json(facts)
+        return
+    table = new_table(str(name), "")
+    for key, value in facts.items():
+        table.add_row(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    Console().print(table)

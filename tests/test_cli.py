@@ -1,0 +1,207 @@
+"""The command line as a person and a script use it, in one process or as `python -m lape_fast`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lape_fast.cli import app, main
+from lape_fast.identify import ActivationCounts
+from tests.tiny_models import save_tiny
+
+TEXTS = {
+    "mlt_Latn": "Il-qattus numru {} qagħad fuq it-tapit.",
+    "eng_Latn": "The cat number {} sat on the mat.",
+    "rus_Cyrl": "Кошка номер {} сидела на коврике.",
+}
+LOOSE = ["--top-rate", "0.5", "--filter-rate", "0.5", "--activation-bar", "0.5"]
+COMMANDS = "identify count select tune evaluate ablate merge convert info demo".split()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A base, a corpus, and what `identify` makes of them."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny(folder / "base")
+    (folder / "texts").mkdir()
+    for language, line in TEXTS.items():
+        lines = "\n".join(line.format(number) for number in range(30))
+        (folder / "texts" / f"{language}.txt").write_text(lines, encoding="utf-8")
+    (folder / "texts" / "README.md").write_text("not a language\n")
+    run(*identify(folder), *LOOSE)
+    return folder
+
+
+def identify(folder, output="out"):
+    model, corpus = str(folder / "base"), str(folder / "texts")
+    return ["identify", "--model", model, "--corpus", corpus, "--output", str(folder / output), "--lines", "1-20"]
+
+
+def run(*arguments) -> str:
+    """Runs a command in this process and returns what it printed on standard output."""
+    import contextlib
+    import io
+
+    output = io.StringIO()
+    arguments = [str(argument) for argument in arguments]
+    with contextlib.redirect_stdout(output):
+        try:
+            app(arguments, prog_name="lape-fast")
+        except SystemExit as stop:
+            assert not stop.code, output.getvalue()
+    return output.getvalue()
+
+
+def failure(monkeypatch, capsys, *arguments) -> str:
+    """Runs a command that must fail, and returns its one sentence."""
+    monkeypatch.setattr(sys, "argv", ["lape-fast", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+def test_identify_writes_both_files_and_info_reads_them(workplace):
+    counts = ActivationCounts.load(workplace / "out" / "counts.safetensors")
+    assert counts.languages == sorted(TEXTS)
+    facts = json.loads(run("info", workplace / "out" / "neurons.safetensors", "--json"))
+    assert facts["languages"] == sorted(TEXTS)
+    assert (facts["layers"], facts["neurons_per_layer"]) == (2, 48)
+    assert set(facts["per_language"]) == set(TEXTS)
+    assert max(facts["per_language"].values()) <= facts["union"] <= sum(facts["per_language"].values())
+    assert json.loads(run("info", workplace / "out" / "counts.safetensors", "--json"))["languages"] == sorted(TEXTS)
+
+
+def test_count_then_select_equals_identify(workplace):
+    counts = workplace / "only-counts.safetensors"
+    model, corpus = workplace / "base", workplace / "texts"
+    run("count", "--model", model, "--corpus", corpus, "--output", counts, "--lines", "1-20")
+    run("select", counts, "--output", workplace / "selected.safetensors", *LOOSE)
+    selected = load_file(workplace / "selected.safetensors")
+    identified = load_file(workplace / "out" / "neurons.safetensors")
+    assert all(torch.equal(selected[name], identified[name]) for name in identified)
+
+
+def test_select_can_leave_languages_out(workplace):
+    counts = workplace / "out" / "counts.safetensors"
+    printed = run("select", counts, "--output", workplace / "two.safetensors", "--languages", "mt,en", *LOOSE, "--json")
+    assert set(json.loads(printed)["languages"]) == {"mlt_Latn", "eng_Latn"}
+
+
+def test_tune_evaluate_merge_and_ablate(workplace):
+    base, texts = workplace / "base", workplace / "texts"
+    neurons, adapter = workplace / "out" / "neurons.safetensors", workplace / "adapter"
+    common = ["--model", base, "--corpus", texts]
+    facts = json.loads(
+        run(
+            *("tune", *common, "--neurons", neurons, "--language", "mt", "--output", adapter, "--lines", "1-20"),
+            *("--validation-lines", "21-25", "--steps", 8, "--learning-rate", "0.01", "--context-length", 64),
+            "--json",
+        )
+    )
+    assert facts["trainable"] == facts["neurons"] * 3 * 32
+    scores = json.loads(run("evaluate", *common, "--adapter", adapter, "--lines", "26-30", "--json"))
+    assert scores["adapter"]["mlt_Latn"]["bits_per_byte"] < scores["base"]["mlt_Latn"]["bits_per_byte"]
+    run("merge", "--model", base, "--adapter", adapter, "--output", workplace / "merged")
+    merged = json.loads(
+        run("evaluate", "--model", workplace / "merged", "--corpus", texts, "--lines", "26-30", "--json")
+    )
+    for language in TEXTS:
+        tuned = scores["adapter"][language]["bits_per_byte"]
+        assert merged["base"][language]["bits_per_byte"] == pytest.approx(tuned, rel=1e-5)
+    matrix = json.loads(
+        run(
+            *("ablate", *common, "--neurons", neurons, "--lines", "26-30", "--json"),
+            *("--output", workplace / "ablation.json", "--figure", workplace / "ablation.png"),
+        )
+    )
+    assert matrix["evaluated"] == sorted(TEXTS)
+    assert json.loads((workplace / "ablation.json").read_text()) == matrix
+    assert (workplace / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert "Maltese" in run("info", adapter) or "mlt_Latn" in run("info", adapter)
+
+
+def test_convert_goes_to_the_published_format_and_back(workplace):
+    neurons = workplace / "out" / "neurons.safetensors"
+    run("convert", neurons, "--output", workplace / "mask.pth")
+    lists = torch.load(workplace / "mask.pth", weights_only=True)
+    assert [len(layers) for layers in lists] == [2] * len(TEXTS)
+    run(
+        *("convert", workplace / "mask.pth", "--languages", ",".join(sorted(TEXTS)), "--neurons-per-layer", 48),
+        *("--output", workplace / "back.safetensors"),
+    )
+    first, second = load_file(neurons), load_file(workplace / "back.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_configuration_file_sets_defaults_and_flags_override_it(workplace):
+    config = workplace / "select.yaml"
+    config.write_text("top-rate: 0.5\nfilter_rate: 0.5\nactivation-bar: 0.5\n")
+    counts = workplace / "out" / "counts.safetensors"
+    command = ["select", counts, "--config", config, "--json", "--output"]
+    facts = json.loads(run(*command, workplace / "config.safetensors"))
+    assert facts["metadata"]["top_rate"] == 0.5
+    facts = json.loads(run(*command, workplace / "override.safetensors", "--top-rate", "0.25"))
+    assert (facts["metadata"]["top_rate"], facts["metadata"]["filter_rate"]) == (0.25, 0.5)
+
+
+def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, capsys):
+    counts, neurons = workplace / "out" / "counts.safetensors", workplace / "out" / "neurons.safetensors"
+    base, texts = workplace / "base", workplace / "texts"
+    bad = workplace / "bad.yaml"
+    bad.write_text("top_rte: 0.5\n")
+    tune = ["tune", "--model", base, "--corpus", texts, "--output", workplace / "new"]
+    for arguments, words in (
+        (["info", workplace / "missing.safetensors"], "does not exist"),
+        (["select", counts, "--output", neurons], "exists already"),
+        (["select", counts, "--output", workplace / "n.safetensors", "--top-rate", "7"], "top_rate"),
+        (["select", counts, "--output", workplace / "n.safetensors", "--config", bad], "top_rte"),
+        (["select", neurons, "--output", workplace / "n.safetensors"], "'neurons'"),
+        (["convert", workplace / "x.pth", "--output", workplace / "n.safetensors"], "--languages"),
+        ([*tune, "--neurons", neurons, "--language", "deu_Latn"], "deu_Latn"),
+        ([*tune, "--neurons", neurons, "--language", "mlt_Latn", "--method", "magic"], "'magic'"),
+        (["evaluate", "--model", workplace / "nowhere", "--corpus", texts], "nowhere"),
+        (["evaluate", "--model", base, "--corpus", workplace / "nowhere"], "nowhere"),
+    ):
+        sentence = failure(monkeypatch, capsys, *arguments)
+        assert sentence.startswith("Error: "), sentence
+        assert words in sentence
+        assert sentence.strip().endswith((".", ").")), sentence
+    assert not (workplace / "n.safetensors").exists()
+    assert not (workplace / "new").exists()
+
+
+def test_debug_shows_the_traceback(workplace, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lape-fast", "info", str(workplace / "missing.safetensors"), "--debug"])
+    with pytest.raises(Exception, match="does not exist"):
+        main()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command):
+    printed = run(command, "--help")
+    assert f"lape-fast {command}" in printed
+    assert "Example" in printed
+
+
+def test_python_m_is_the_same_program_and_info_tells_what_is_here():
+    environment = {**os.environ, "COLUMNS": "200"}
+    command = [sys.executable, "-m", "lape_fast", "info", "--json"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    facts = json.loads(done.stdout)
+    assert facts["packages"]["torch"]
+    assert {"cpu_backend", "gpu_backend", "gpus"} <= facts.keys()
+
+
+def test_help_starts_without_loading_torch():
+    code = "import sys, lape_fast.cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert printed.split() == ["False", "False"]
