@@ -23,10 +23,13 @@ from lape_fast.text import open_corpus
 from lape_fast.tune import BaseSize, SubnetworkConfig, TrainingSettings, load_adapter, train_base_model, tune_language
 
 TARGET = "mlt_Latn"
+# fmt: off
 BASE_LANGUAGES = (
-    "mlt_Latn afr_Latn isl_Latn cym_Latn mkd_Cyrl lvs_Latn lit_Latn slv_Latn slk_Latn est_Latn kat_Geor npi_Deva "
-    "eng_Latn deu_Latn fra_Latn spa_Latn rus_Cyrl fin_Latn tur_Latn arb_Arab"
-).split()
+    "mlt_Latn", "afr_Latn", "isl_Latn", "cym_Latn", "mkd_Cyrl", "lvs_Latn", "lit_Latn", "slv_Latn", "slk_Latn",
+    "est_Latn", "kat_Geor", "npi_Deva", "eng_Latn", "deu_Latn", "fra_Latn", "spa_Latn", "rus_Cyrl", "fin_Latn",
+    "tur_Latn", "arb_Arab",
+)
+# fmt: on
 TRAIN_LINES, VALIDATION_LINES, TEST_LINES = "1-1597", "1598-1797", "1798-1997"
 TARGET_DOCUMENTS, OTHER_DOCUMENTS = 400, 1597
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lape_fast.errors import ConfigError, FileExistsAlreadyError, LapeFastError
-from lape_fast.report.terminal import new_table, print_facts, print_json, print_neurons, print_scores
+from lape_fast.terminal import new_table, print_facts, print_json, print_neurons, print_scores
 
 # Commands import what they use: torch and transformers take seconds, and `--help` should not.
 

@@ -31,18 +31,22 @@ from lape_fast.report import (
     render_report,
     save_figure,
 )
-from lape_fast.report.terminal import new_table
 from lape_fast.study import AblationMatrix, ablate_neurons, prepare_text, score
+from lape_fast.terminal import new_table
 from lape_fast.text import canonical, language_name, open_corpus
 from lape_fast.tune import BaseSize, SubnetworkConfig, TrainingSettings, load_adapter, train_base_model, tune_language
 
 # The paper's twelve under-represented languages; the base sees a quarter as much of each as of the others.
+# fmt: off
 TARGETS = (
-    "mlt_Latn afr_Latn isl_Latn cym_Latn mkd_Cyrl lvs_Latn lit_Latn slv_Latn slk_Latn est_Latn kat_Geor npi_Deva"
-).split()
+    "mlt_Latn", "afr_Latn", "isl_Latn", "cym_Latn", "mkd_Cyrl", "lvs_Latn", "lit_Latn", "slv_Latn", "slk_Latn",
+    "est_Latn", "kat_Geor", "npi_Deva",
+)
 OTHERS = (
-    "eng_Latn deu_Latn fra_Latn spa_Latn rus_Cyrl pol_Latn fin_Latn tur_Latn arb_Arab hin_Deva jpn_Jpan ell_Grek"
-).split()
+    "eng_Latn", "deu_Latn", "fra_Latn", "spa_Latn", "rus_Cyrl", "pol_Latn", "fin_Latn", "tur_Latn", "arb_Arab",
+    "hin_Deva", "jpn_Jpan", "ell_Grek",
+)
+# fmt: on
 LANGUAGES = sorted(TARGETS + OTHERS)
 TARGET_SHARE = 0.25
 

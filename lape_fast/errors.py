@@ -1,4 +1,4 @@
-"""Every error that lape_fast raises on purpose. Each message is a full sentence with the offending value and the fix."""
+"""Every error that lape_fast raises on purpose: a full sentence with the offending value and the fix."""
 
 
 class LapeFastError(Exception):

@@ -236,6 +236,16 @@ class ActivationCounts:
         self.check_tokens()
         return self.positive.double().div_(self.tokens.double()[:, None, None])
 
+    def summary(self) -> dict[str, Any]:
+        """What a person or a tool wants to know about the counts, as JSON values."""
+        return {
+            "languages": self.languages,
+            "layers": self.layers,
+            "neurons_per_layer": self.neurons_per_layer,
+            "tokens": dict(zip(self.languages, self.tokens.tolist(), strict=True)),
+            "metadata": self.metadata,
+        }
+
     def fingerprint(self) -> str:
         """SHA-256 over languages, shape, tokens and all counts, as hex; the same on every machine."""
 

@@ -233,8 +233,8 @@ def check_neurons(ffns: Sequence[FFN], neurons: Sequence[torch.Tensor]) -> None:
     for ffn, chosen in zip(ffns, neurons, strict=True):
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < ffn.neurons:
             raise ArchitectureError(
-                f"The neurons {int(chosen.min())} to {int(chosen.max())} of layer {ffn.layer} are not all in the model, "
-                f"which has {ffn.neurons} neurons per layer; use neurons that were identified on this model."
+                f"The neurons {int(chosen.min())} to {int(chosen.max())} of layer {ffn.layer} are not all in the "
+                f"model, which has {ffn.neurons} neurons per layer; use neurons that were identified on this model."
             )
 
 

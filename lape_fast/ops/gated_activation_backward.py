@@ -157,6 +157,15 @@ def _check(grad_h: Tensor, gate: Tensor, up: Tensor | None, slots: Tensor | None
             f"slots must be int32 [{gate.shape[-1]}] on {gate.device}, but it is {slots.dtype} {list(slots.shape)} on "
             f"{slots.device}; build it with slot_map(neurons, {gate.shape[-1]})."
         )
+    # On CUDA this would wait for the device.
+    if slots.device.type == "cpu" and not torch.compiler.is_compiling():
+        used = slots[slots != -1].sort().values
+        if len(used) != selected or not torch.equal(used, torch.arange(selected, dtype=torch.int32)):
+            raise ShapeError(
+                f"slots must hold each of 0 to {selected - 1} once (selected is {selected}) and -1 elsewhere, but it "
+                f"holds {len(used)} slots, the lowest {used[:4].tolist()}; build it with slot_map(neurons, "
+                f"{gate.shape[-1]})."
+            )
 
 
 def _triton(

@@ -27,6 +27,13 @@ def corpus(tmp_path):
     return open_corpus(str(folder))
 
 
+def keep_gate(gates, layer, width):
+    def hook(module, arguments, output):
+        gates[layer] = output.reshape(-1, output.shape[-1])[:, :width]
+
+    return hook
+
+
 def counts_by_hooks(model, corpus, context_length):
     """One document at a time, one piece at a time, boolean hooks on the gate: what counting must equal."""
     tokenizer = tiny_tokenizer()
@@ -43,9 +50,7 @@ def counts_by_hooks(model, corpus, context_length):
                 gates = {}
                 handles = [
                     ffn.projections.get("gate", ffn.projections.get("gate_up")).register_forward_hook(
-                        lambda module, args, out, layer=ffn.layer, width=ffn.neurons: gates.__setitem__(
-                            layer, out.reshape(-1, out.shape[-1])[:, :width]
-                        )
+                        keep_gate(gates, ffn.layer, ffn.neurons)
                     )
                     for ffn in ffns
                 ]

@@ -228,5 +228,3 @@ def test_wrong_requests_are_refused_in_words(base, corpus, tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(FileExistsAlreadyError, match="taken"):
         tune_language(model, tokenizer, corpus, SubnetworkConfig(NEURONS, "mlt"), tmp_path / "taken", SETTINGS)
-
-
