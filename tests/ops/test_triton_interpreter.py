@@ -1,0 +1,241 @@
+"""The Triton kernels in Triton's interpreter: exact counts, errors within budget, every output written."""
+
+from __future__ import annotations
+
+import functools
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lape_fast.ops import ACTIVATIONS, slot_map
+from tests.ops import triton_helpers as helpers
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LANGUAGES = 5
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EAGER = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "relu": F.relu}
+# Languages of neighbouring tokens, by token number: runs end inside the kernel's steps of rows and inside its tiles.
+ID_PATTERNS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one-language": lambda token: torch.full_like(token, 3),
+    "runs": lambda token: token // 13 % LANGUAGES,
+    "long-runs": lambda token: token // 37 % LANGUAGES,
+    "runs-after-uncounted-token": lambda token: torch.where(token % 13 == 0, -1, token // 13 % LANGUAGES),
+    "shuffled": lambda token: token * 7919 % (LANGUAGES + 1) - 1,
+    "alternating": lambda token: token % 2,
+    "none": lambda token: torch.full_like(token, -1),
+}
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable]:
+    """Calls a function of triton_helpers where Triton interprets."""
+    with helpers.interpreter_process() as process:
+        yield functools.partial(helpers.call, process)
+
+
+def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def language_ids_of(pattern: str, tokens: int) -> Tensor:
+    return ID_PATTERNS[pattern](torch.arange(tokens)).to(torch.int32)
+
+
+def counted(gate: Tensor, language_ids: Tensor, counts: Tensor) -> Tensor:
+    """The counts that a loop over the languages gives."""
+    fires = gate.float() > 0
+    return counts + torch.stack([fires[language_ids == language].sum(0) for language in range(len(counts))])
+
+
+def eager_forward(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    activated = EAGER[activation](gate)
+    return activated if up is None else activated * up
+
+
+def eager_backward(
+    grad_h: Tensor, gate: Tensor, up: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """h, dL/dgate and dL/dup from torch's own autograd."""
+    gate = gate.detach().clone().requires_grad_()
+    up = None if up is None else up.detach().clone().requires_grad_()
+    h = eager_forward(gate, up, activation)
+    h.backward(grad_h)
+    return h.detach(), gate.grad, None if up is None else up.grad
+
+
+def assert_within_budget(value: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """The largest error is at most twice that of eager PyTorch in the same dtype, both against fp64."""
+    error, budget = ((result.double() - truth).abs().max().item() for result in (value, eager))
+    assert error <= 2 * budget
+
+
+def test_importing_lape_fast_leaves_triton_alone():
+    program = "import sys, lape_fast, lape_fast.ops; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False, cwd=REPOSITORY).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "pattern, dtype",
+    [*((pattern, torch.bfloat16) for pattern in ID_PATTERNS), ("runs", torch.float32), ("runs", torch.float16)],
+    ids=str,
+)
+def test_counts_are_exact_for_every_order_of_languages(run, pattern, dtype):
+    gate, up = sample(77, 257, dtype=dtype), sample(77, 257, dtype=dtype, seed=1)
+    language_ids = language_ids_of(pattern, 77)
+    counts = torch.arange(LANGUAGES * 257).view(LANGUAGES, 257)
+    _, result = run(helpers.forward, gate, up, "silu", language_ids, counts)
+    assert torch.equal(result, counted(gate, language_ids, counts))
+
+
+@pytest.mark.parametrize("tokens, neurons", [(1, 1), (1, 431), (63, 77), (77, 431), (431, 63)])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+def test_counts_and_h_are_exact_at_odd_sizes(run, tokens, neurons, gated):
+    gate = sample(tokens, neurons, dtype=torch.bfloat16)
+    up = sample(tokens, neurons, dtype=torch.bfloat16, seed=1) if gated else None
+    language_ids = language_ids_of("runs", tokens)
+    counts = torch.zeros(LANGUAGES, neurons, dtype=torch.int64)
+    h, result = run(helpers.forward, gate, up, "relu", language_ids, counts)
+    assert torch.equal(result, counted(gate, language_ids, counts))
+    assert torch.equal(h, eager_forward(gate, up, "relu"))
+
+
+@pytest.mark.parametrize("pattern", ["runs", "long-runs", "shuffled"])
+def test_tall_tiles_count_the_same(run, pattern):
+    gate, up = sample(300, 77, dtype=torch.bfloat16), sample(300, 77, dtype=torch.bfloat16, seed=1)
+    language_ids = language_ids_of(pattern, 300)
+    counts = torch.zeros(LANGUAGES, 77, dtype=torch.int64)
+    h, result = run(helpers.forward_in_tall_tiles, gate, up, "relu", language_ids, counts)
+    assert torch.equal(result, counted(gate, language_ids, counts))
+    assert torch.equal(h, eager_forward(gate, up, "relu"))
+
+
+def test_language_ids_out_of_range_are_not_counted(run):
+    gate = sample(63, 77)
+    language_ids = (torch.arange(63) % 9 - 2).to(torch.int32)
+    language_ids[:4] = torch.tensor([2**31 - 1, -(2**31), LANGUAGES, -2], dtype=torch.int32)
+    counts = torch.zeros(LANGUAGES, 77, dtype=torch.int64)
+    _, result = run(helpers.launch_forward, gate, None, "gelu", language_ids, counts)
+    assert torch.equal(result, counted(gate, language_ids, counts))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_h_is_within_the_error_budget(run, activation, gated, dtype):
+    gate, up = 3 * sample(33, 257, dtype=dtype), sample(33, 257, dtype=dtype, seed=1) if gated else None
+    h, _ = run(helpers.forward, gate, up, activation)
+    truth = eager_forward(gate.double(), up.double() if gated else None, activation)
+    assert_within_budget(h, eager_forward(gate, up, activation), truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_backward_is_within_the_error_budget(run, activation, gated, dtype):
+    grad_h, gate = sample(33, 257, dtype=dtype, seed=2), 3 * sample(33, 257, dtype=dtype)
+    up = sample(33, 257, dtype=dtype, seed=1) if gated else None
+    every_neuron = slot_map(torch.arange(257), 257)
+    grad_gate, grad_up, hidden, _ = run(helpers.backward, grad_h, gate, up, activation, every_neuron, 257)
+    eager = eager_backward(grad_h, gate, up, activation)
+    truth = eager_backward(grad_h.double(), gate.double(), up.double() if gated else None, activation)
+    assert_within_budget(hidden, eager[0], truth[0])
+    assert_within_budget(grad_gate, eager[1], truth[1])
+    if gated:
+        assert_within_budget(grad_up, eager[2], truth[2])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_double_precision_is_kept(run, activation):
+    grad_h, gate, up = (sample(9, 77, seed=seed).double() for seed in range(3))
+    h, _ = run(helpers.forward, gate, up, activation)
+    grad_gate, grad_up, *_ = run(helpers.backward, grad_h, gate, up, activation)
+    for result, truth in zip((h, grad_gate, grad_up), eager_backward(grad_h, gate, up, activation), strict=True):
+        torch.testing.assert_close(result, truth, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_passes_and_extreme_gates_stay_finite(run, activation, dtype):
+    smallest = torch.finfo(dtype).smallest_normal
+    gate = torch.tensor([[math.nan, 0.0, -0.0, smallest, -smallest, 3e4, -3e4, 100.0, -100.0]], dtype=dtype)
+    up, grad_h = torch.ones_like(gate), torch.ones_like(gate)
+    counts = torch.zeros(1, gate.shape[1], dtype=torch.int64)
+    h, counts = run(helpers.forward, gate, up, activation, torch.zeros(1, dtype=torch.int32), counts)
+    grad_gate, grad_up, *_ = run(helpers.backward, grad_h, gate, up, activation)
+    assert counts.tolist() == [[0, 0, 0, 1, 0, 1, 0, 1, 0]]
+    truths = eager_backward(grad_h.double(), gate.double(), up.double(), activation)
+    for result, truth in zip((h, grad_gate, grad_up), truths, strict=True):
+        torch.testing.assert_close(result[:, 1:].double(), truth[:, 1:], rtol=0.01, atol=smallest)
+    assert h[0, 0].isnan() and grad_up[0, 0].isnan()
+
+
+def test_rows_of_a_wider_buffer_are_read_in_place(run):
+    buffer = sample(63, 2 * 77 + 3, dtype=torch.bfloat16)
+    gate, up = buffer[:, :77], buffer[:, 77 : 2 * 77]
+    language_ids = language_ids_of("runs", 63)
+    counts = torch.zeros(LANGUAGES, 77, dtype=torch.int64)
+    h, result = run(helpers.forward, gate, up, "relu", language_ids, counts)
+    assert torch.equal(h, eager_forward(gate, up, "relu"))
+    assert torch.equal(result, counted(gate, language_ids, counts))
+
+
+def test_backward_overwrites_only_its_rows_of_a_wider_buffer(run):
+    buffer = sample(63, 2 * 77 + 3, dtype=torch.bfloat16)
+    grad_h = sample(63, 80, dtype=torch.bfloat16, seed=1)[:, 3:]
+    gate, up = buffer[:, :77], buffer[:, 77 : 2 * 77]
+    expected, expected_up, *_ = run(helpers.backward, grad_h.contiguous(), gate.contiguous(), up.contiguous(), "silu")
+    grad_gate, grad_up, *_ = run(helpers.backward, grad_h, gate, up, "silu")
+    assert torch.equal(grad_gate, expected) and torch.equal(grad_up, expected_up)
+    result = grad_gate.as_strided(buffer.shape, buffer.stride(), 0)
+    assert torch.equal(result[:, 2 * 77 :], buffer[:, 2 * 77 :])
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+@pytest.mark.parametrize(
+    "neurons",
+    [[0], [256], [5, 6, 130, 255], list(range(257)), [200, 3, 90]],
+    ids=["first", "last", "several", "all", "unsorted"],
+)
+def test_selected_columns_are_stored_by_slot(run, neurons, gated):
+    grad_h, gate = sample(77, 257, dtype=torch.bfloat16), sample(77, 257, dtype=torch.bfloat16, seed=1)
+    up = sample(77, 257, dtype=torch.bfloat16, seed=2) if gated else None
+    slots = slot_map(torch.tensor(neurons), 257)
+    grad_gate, grad_up, hidden, grads = run(helpers.backward, grad_h, gate, up, "relu", slots, len(neurons))
+    parts = [grad_gate, grad_up] if gated else [grad_gate]
+    assert torch.equal(grads, torch.cat([part[:, neurons] for part in parts], dim=1))
+    assert torch.equal(hidden, eager_forward(gate, up, "relu")[:, neurons])
+
+
+@pytest.mark.parametrize("with_slots", [True, False], ids=["empty-slots", "no-slots"])
+def test_selecting_nothing_still_gives_the_gradients(run, with_slots):
+    grad_h, gate, up = (sample(63, 77, seed=seed) for seed in range(3))
+    slots = torch.full((77,), -1, dtype=torch.int32) if with_slots else None
+    grad_gate, grad_up, hidden, grads = run(helpers.backward, grad_h, gate, up, "relu", slots, 0)
+    _, *expected = eager_backward(grad_h, gate, up, "relu")
+    assert torch.equal(grad_gate, expected[0]) and torch.equal(grad_up, expected[1])
+    assert hidden.shape == (63, 0) and grads.shape == (63, 0)
+
+
+@pytest.mark.parametrize("shape", [(0, 77), (5, 0), (0, 0)], ids=str)
+def test_empty_inputs_give_empty_outputs(run, shape):
+    counts = torch.zeros(LANGUAGES, shape[1], dtype=torch.int64)
+    h, result = run(helpers.forward, sample(*shape), sample(*shape), "silu", language_ids_of("runs", shape[0]), counts)
+    *_, hidden, grads = run(helpers.backward, sample(*shape), sample(*shape), sample(*shape), "silu")
+    assert h.shape == shape and not result.any()
+    assert hidden.shape == (shape[0], 0) and grads.shape == (shape[0], 0)
+
+
+def test_leading_dimensions_are_kept(run):
+    gate, up = sample(3, 7, 77), sample(3, 7, 77, seed=1)
+    language_ids = language_ids_of("runs", 21).view(3, 7)
+    counts = torch.zeros(LANGUAGES, 77, dtype=torch.int64)
+    h, result = run(helpers.forward, gate, up, "relu", language_ids, counts)
+    assert torch.equal(h, eager_forward(gate, up, "relu"))
+    assert torch.equal(result, counted(gate.view(21, 77), language_ids.view(21), counts))
