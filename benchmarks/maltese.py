@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from statistics import fmean
 
+import torch
+
 from benchmarks.measure import machine_facts
 from lape_fast.files import read_json, write_json
 from lape_fast.identify import identify_neurons, select_neurons
@@ -65,7 +67,7 @@ def aligned(corpus: str, workspace: Path) -> str:
 
 def run(corpus: str, workspace: Path) -> dict:
     """All stages; returns the figures."""
-    figures = {"machine": machine_facts(), "base": train_base(corpus, workspace)}
+    figures = {"machine": machine_facts(torch.device("cpu")), "base": train_base(corpus, workspace)}
     model, tokenizer = load_model(workspace / "base", device="cpu")
 
     counts, neurons = identify_neurons(
