@@ -81,7 +81,7 @@ def test_counts_do_not_depend_on_the_number_of_threads(set_threads, neurons):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [True, False])
 def test_error_is_within_budget(backend, dtype, activation, gated):
-    gate, up = random(431, 257, dtype=dtype, scale=3), random(431, 257, dtype=dtype, seed=1) if gated else None
+    gate, up = random(431, 77, dtype=dtype, scale=3), random(431, 77, dtype=dtype, seed=1) if gated else None
     h = gated_activation(gate, up, activation, backend=backend)
     truth = eager(gate.double(), up.double() if gated else None, activation)
     assert_within_budget(h, eager(gate, up, activation), truth)

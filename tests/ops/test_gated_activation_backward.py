@@ -20,7 +20,8 @@ from tests.ops.test_gated_activation import rows_far_apart
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-SIZES = [(0, 63), (63, 0), (1, 1), (1, 431), (431, 1), (63, 257), (257, 63), (77, 431)]
+# [T, F]; 19 neurons are selected where there are more
+SIZES = [(0, 63), (63, 0), (1, 1), (1, 431), (431, 1), (257, 19), (77, 431)]
 
 
 def some_neurons(neurons: int, selected: int) -> Tensor:
@@ -32,8 +33,8 @@ def some_neurons(neurons: int, selected: int) -> Tensor:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [True, False])
 def test_error_is_within_budget(backend, dtype, activation, gated):
-    gate, grad_h = random(431, 257, dtype=dtype, scale=3), random(431, 257, dtype=dtype, seed=2)
-    up = random(431, 257, dtype=dtype, seed=1) if gated else None
+    gate, grad_h = random(431, 77, dtype=dtype, scale=3), random(431, 77, dtype=dtype, seed=2)
+    up = random(431, 77, dtype=dtype, seed=1) if gated else None
     wide = (gate.double(), up.double() if gated else None, activation, grad_h.double())
     torchs, truth = eager_gradients(gate, up, activation, grad_h), eager_gradients(*wide)
     gated_activation_backward(grad_h, gate, up, activation, backend=backend)
@@ -56,7 +57,7 @@ def test_fp64_equals_autograd(backend, activation):
 @pytest.mark.parametrize("gated", [True, False])
 def test_selected_columns_are_those_of_the_whole(backend, dtype, gated):
     for tokens, neurons in SIZES:
-        for selected in {0, min(1, neurons), min(19, neurons), neurons}:
+        for selected in {0, min(19, neurons)}:
             gate, up, grad_h = random(3, tokens, neurons, dtype=dtype)
             up = up if gated else None
             h = gated_activation(gate, up, "silu", backend=backend)

@@ -32,6 +32,7 @@ def instruction_set() -> str:
 
 def run(*arguments: str, isa: str | None) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "LAPE_FAST_ISA"}
+    environment["OMP_NUM_THREADS"] = "1"
     if isa is not None:
         environment["LAPE_FAST_ISA"] = isa
     return subprocess.run(

@@ -1,0 +1,74 @@
+"""Builds lape_fast with its two native modules; LAPE_FAST_NO_EXTENSION=1 leaves both out."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIREMENTS = [
+    "torch>=2.11",
+    "transformers>=5.16",
+    "datasets>=5.2",
+    "peft>=0.20",
+    "triton>=3.6; platform_system == 'Linux'",
+    "accelerate",
+    "babel",
+    "jinja2",
+    "matplotlib",
+    "pyyaml",
+    "rich",
+    "safetensors",
+    "typer",
+    "zstandard",
+]
+TEST_REQUIREMENTS = ["ninja", "pybind11", "pytest", "pytest-benchmark", "pytest-timeout", "ruff"]
+
+# The kernels choose their instruction set when they run, so no flag depends on the machine that builds. Nobody reads
+# errno or floating-point traps, and without them the compiler may turn a branch into a select.
+OPTIMISE = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+OPERATOR_SOURCES = ["registration", "instruction_set", "gated_activation", "gated_activation_backward"]
+
+
+def read_version() -> str:
+    """The version in lape_fast/__init__.py, without importing torch."""
+    text = Path("lape_fast/__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+def native_modules() -> dict:
+    """The arguments of setup() that build the native modules."""
+    if os.environ.get("LAPE_FAST_NO_EXTENSION") == "1":
+        return {}
+    from pybind11.setup_helpers import Pybind11Extension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    # The torch ops, through the LibTorch stable ABI of torch 2.11: one file serves every later torch and Python.
+    operators = CppExtension(
+        "lape_fast._C",
+        [f"csrc/{name}.cpp" for name in OPERATOR_SOURCES],
+        depends=[str(header) for header in Path("csrc").glob("*.h")],
+        extra_compile_args=[*OPTIMISE, "-Wall", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"],
+        py_limited_api=True,
+    )
+    # The helpers without tensors.
+    host = Pybind11Extension("lape_fast._host", ["csrc/sequence_packer.cpp"], cxx_std=20)
+    return {"ext_modules": [operators, host], "cmdclass": {"build_ext": BuildExtension}}
+
+
+setup(
+    name="lape-fast",
+    version=read_version(),
+    description="Find the feed-forward neurons of a language in a large language model, and tune only those",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["lape_fast", "lape_fast.*"], exclude=["lape_fast.kernels"]), "lape_fast.kernels"],
+    package_dir={"lape_fast.kernels": "kernels/triton"},
+    package_data={"lape_fast.text": ["*.tsv"], "lape_fast.report": ["templates/*"]},
+    install_requires=REQUIREMENTS,
+    extras_require={"test": TEST_REQUIREMENTS},
+    entry_points={"console_scripts": ["lape-fast = lape_fast.cli:main"]},
+    **native_modules(),
+)
