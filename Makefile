@@ -27,6 +27,7 @@ benchmarks: setup
 	$(BIN)/python -m benchmarks.count_overhead --json benchmarks/results/cpu/count_overhead.json
 	$(BIN)/python -m benchmarks.train_step --json benchmarks/results/cpu/train_step.json
 	$(BIN)/python -m benchmarks.select --json benchmarks/results/cpu/select.json
+	$(BIN)/python -m pytest benchmarks/ops --benchmark-columns=median,iqr --benchmark-sort=name
 
 # The main job on real text: a folder of aligned text named by language code, with the conventional line ranges.
 CORPUS ?= ../shared/corpus

@@ -235,6 +235,7 @@ def tune(
     Example: lape-fast tune --model meta-llama/Llama-3.1-8B --corpus texts/ --neurons out/neurons.safetensors
     --language mlt_Latn --output adapters/mlt_Latn
     """
+    from lape_fast.text import canonical
     from lape_fast.tune import SubnetworkConfig, TrainingSettings, tune_language
 
     choice = SubnetworkConfig(neurons, language, method, policy, seed)
@@ -253,7 +254,7 @@ def tune(
     subnetwork, report = tune_language(loaded, tokenizer, opened, choice, output, settings, validation)
     facts = {
         "adapter": str(output),
-        "language": language,
+        "language": canonical(language),
         "neurons": sum(len(chosen) for chosen in subnetwork.neurons().values()),
         "trainable": subnetwork.trainable(),
         **{name: value for name, value in report.items() if name != "log"},
