@@ -47,9 +47,9 @@ LAPE_INLINE void activate_row(const Scalar* gate, const Scalar* up, Scalar* h, i
   };
   for_units<Scalar>(width, [&]<class Unit>(int64_t first, int64_t units) LAPE_INLINE_LAMBDA {
     const auto* __restrict gates = reinterpret_cast<const Unit*>(gate + first);
-    const auto* __restrict ups = reinterpret_cast<const Unit*>(up + first);
+    const auto* __restrict ups = reinterpret_cast<const Unit*>(gated ? up + first : nullptr);
     auto* __restrict hs = reinterpret_cast<Unit*>(h + first);
-LAPE_VECTORISE
+    LAPE_VECTORISE
     for (int64_t unit = 0; unit < units; ++unit) {
       if constexpr (gated) {
         store(map(step, load(gates[unit]), load(ups[unit])), hs[unit]);

@@ -29,7 +29,7 @@ struct Forward {
 
 template <class Scalar>
 LAPE_INLINE void count_row(const Scalar* __restrict gate, Counter<Scalar>* __restrict counters, int64_t width) {
-LAPE_VECTORISE
+  LAPE_VECTORISE
   for (int64_t column = 0; column < width; ++column) counters[column] += is_positive(gate[column]);
 }
 
@@ -40,7 +40,7 @@ LAPE_INLINE void flush(Integer* __restrict counters, int64_t* __restrict counts,
       if (counters[column]) __atomic_fetch_add(&counts[column], counters[column], __ATOMIC_RELAXED);
     }
   } else {
-LAPE_VECTORISE
+    LAPE_VECTORISE
     for (int64_t column = 0; column < width; ++column) counts[column] += counters[column];
   }
   std::memset(counters, 0, width * sizeof(Integer));

@@ -24,24 +24,24 @@ struct Backward {
   const std::vector<SelectedNeuron>& selection;
 };
 
-template <class Wide>
+template <class Value>
 struct Gradients {
-  Wide gate, up;
+  Value gate, up;
 };
 
 template <Activation activation, bool gated, class Scalar>
 LAPE_INLINE void differentiate_row(const Scalar* grad_h, Scalar* gate, Scalar* up, int64_t width) {
   const auto step = [](Wide<Scalar> grad, Wide<Scalar> gate, auto... up) LAPE_INLINE_LAMBDA {
     const auto [value, slope] = differentiate<activation>(gate);
-    return Gradients{(grad * ... * up) * slope, grad * value};
+    return Gradients<Wide<Scalar>>{(grad * ... * up) * slope, grad * value};
   };
   const auto of_gate = [](const auto& gradients) LAPE_INLINE_LAMBDA { return gradients.gate; };
   const auto of_up = [](const auto& gradients) LAPE_INLINE_LAMBDA { return gradients.up; };
   for_units<Scalar>(width, [&]<class Unit>(int64_t first, int64_t units) LAPE_INLINE_LAMBDA {
     const auto* __restrict grads = reinterpret_cast<const Unit*>(grad_h + first);
     auto* __restrict gates = reinterpret_cast<Unit*>(gate + first);
-    auto* __restrict ups = reinterpret_cast<Unit*>(up + first);
-LAPE_VECTORISE
+    auto* __restrict ups = reinterpret_cast<Unit*>(gated ? up + first : nullptr);
+    LAPE_VECTORISE
     for (int64_t unit = 0; unit < units; ++unit) {
       if constexpr (gated) {
         const auto gradients = map(step, load(grads[unit]), load(gates[unit]), load(ups[unit]));
@@ -59,8 +59,8 @@ template <Activation activation, bool gated, class Scalar>
 LAPE_INLINE void keep_hidden(const Scalar* gate, const Scalar* up, const SelectedNeuron* begin,
                              const SelectedNeuron* end, Scalar* hidden) {
   Scalar some_gate[kBatch], some_up[kBatch], some_h[kBatch];
-  for (; begin < end; begin += kBatch) {
-    const int64_t size = std::min<int64_t>(kBatch, end - begin);
+  for (int64_t size = 0; begin < end; begin += size) {
+    size = std::min<int64_t>(kBatch, end - begin);
     for (int64_t place = 0; place < size; ++place) {
       some_gate[place] = gate[begin[place].neuron];
       if constexpr (gated) some_up[place] = up[begin[place].neuron];

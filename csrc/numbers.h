@@ -36,6 +36,11 @@ struct TwoLanes {
   Value first, second;
 };
 
+template <class Value>
+OneLane(Value) -> OneLane<Value>;
+template <class Value>
+TwoLanes(Value, Value) -> TwoLanes<Value>;
+
 // f of the values of one or more units, lane by lane.
 template <class F, class... Values>
 LAPE_INLINE auto map(const F& f, const OneLane<Values>&... lanes) {

@@ -64,9 +64,9 @@ def test_narrow_counters_do_not_overflow(dtype):
 @needs_extension
 @pytest.mark.parametrize("neurons", [257, 431, 2000])
 def test_counts_do_not_depend_on_the_number_of_threads(set_threads, neurons):
-    # With more threads than columns to share, several threads add to the same counts.
+    # Where tokens are shared out, or there are more threads than columns, several threads add to the same counts.
     gate = random(900, neurons)
-    for layout in ("runs", "shuffled"):
+    for layout in ("one language", "gaps", "runs", "shuffled"):
         language_ids = LANGUAGE_IDS[layout](len(gate))
         expected = counted(gate, language_ids, LANGUAGES)
         for threads in (1, 2, 3, 8):
