@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from lape_fast import __version__
 from lape_fast.errors import ConfigError, FileExistsAlreadyError, LapeFastError
 from lape_fast.terminal import new_table, print_facts, print_json, print_neurons, print_scores
 
@@ -84,11 +85,21 @@ Config = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
-    """Options that every command has; `main` reads --debug itself."""
+    # What `main` reads itself, and what its callback has done.
+    del debug, version
 
 
 @app.command()

@@ -205,3 +205,9 @@ def test_help_starts_without_loading_torch():
     code = "import sys, lape_fast.cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert printed.split() == ["False", "False"]
+
+
+def test_the_version_is_the_packages():
+    import lape_fast
+
+    assert run("--version").strip() == lape_fast.__version__

@@ -28,12 +28,11 @@ from lape_fast.models import (
     forward_hidden,
     model_identity,
     replaced,
-    supports_packing,
     tokenizer_hash,
 )
 from lape_fast.ops import gated_activation
 from lape_fast.progress import progress_bar
-from lape_fast.text import Corpus, Packed, pack, tokenize
+from lape_fast.text import Corpus, Packed, pack_for_model, tokenize
 
 # Documents are tokenised this many at a time.
 DOCUMENTS_PER_CALL = 256
@@ -139,20 +138,14 @@ def count_activations(
     """
     context_length = fit_context(model, context_length)
     run = run_identity(model, tokenizer, corpus, context_length, batch_tokens, tokens_per_language)
-    languages, packing = corpus.languages, supports_packing(model)
+    languages = corpus.languages
     counts, tokens, position = _start(model, languages, checkpoint, run)
     saved = time.monotonic()
     with counting_ffns(model, counts) as modules, progress_bar("counting", len(languages)) as advance:
         advance(position.language)
         for group in _groups(tokenizer, corpus, position, batch_tokens, tokens_per_language, tokens):
-            packed = pack(
-                group.documents,
-                [group.language] * len(group.documents),
-                context_length,
-                pad_id=tokenizer.pad_token_id or 0,
-                special_ids=set(tokenizer.all_special_ids),
-                one_document_per_row=not packing,
-            )
+            languages_of = [group.language] * len(group.documents)
+            packed = pack_for_model(model, tokenizer, group.documents, languages_of, context_length)
             if len(packed.input_ids):
                 count_batch(model, modules, packed)
             counted = int((packed.language_ids >= 0).sum())

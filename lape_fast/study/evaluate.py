@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lape_fast.errors import CorpusError
-from lape_fast.models import layout_of, supports_packing
+from lape_fast.models import layout_of
 from lape_fast.progress import progress_bar
-from lape_fast.text import Corpus, Packed, pack, tokenize
+from lape_fast.text import Corpus, Packed, pack_for_model, tokenize
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,7 @@ def prepare_text(
         sizes.append(sum(len(text.encode()) for text in texts))
     if 0 in sizes:
         raise CorpusError(f"{corpus.name} has no text to evaluate in {languages[sizes.index(0)]}; leave it out.")
-    packed = pack(
-        tokenize(tokenizer, documents),
-        document_languages,
-        context_length,
-        pad_id=tokenizer.pad_token_id or 0,
-        special_ids=set(tokenizer.all_special_ids),
-        one_document_per_row=not supports_packing(model),
-    )
+    packed = pack_for_model(model, tokenizer, tokenize(tokenizer, documents), document_languages, context_length)
     return EvaluationText(languages, tuple(sizes), packed, max(1, batch_tokens // context_length))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lape_fast.text.corpus import Corpus, open_corpus
 from lape_fast.text.languages import canonical, convert, is_language, language_name, nearest
-from lape_fast.text.packing import Packed, pack, tokenize
+from lape_fast.text.packing import Packed, pack, pack_for_model, tokenize
 
 __all__ = [
     "Corpus",
@@ -16,5 +16,6 @@ __all__ = [
     "nearest",
     "open_corpus",
     "pack",
+    "pack_for_model",
     "tokenize",
 ]

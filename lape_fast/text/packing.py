@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from lape_fast.errors import ShapeError
+from lape_fast.models import supports_packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +45,28 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> li
     starts = (token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None)
     prefix = list(itertools.islice(starts, 1))
     return [prefix + tokens for tokens in encoded["input_ids"]]
+
+
+def pack_for_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    token_lists: Sequence[Sequence[int]],
+    language_of_document: Sequence[int],
+    context_length: int,
+) -> Packed:
+    """``pack`` with what follows from the model and its tokenizer.
+
+    Padding is neither seen, counted nor predicted, so any id will do where the tokenizer has none for it. Documents
+    share rows where the model can tell them apart.
+    """
+    return pack(
+        token_lists,
+        language_of_document,
+        context_length,
+        pad_id=tokenizer.pad_token_id or 0,
+        special_ids=set(tokenizer.all_special_ids),
+        one_document_per_row=not supports_packing(model),
+    )
 
 
 def pack(

@@ -17,7 +17,7 @@ from lape_fast.errors import CorpusError, TrainingError
 from lape_fast.files import read_json, write_json
 from lape_fast.models import supports_packing
 from lape_fast.progress import progress_bar
-from lape_fast.text import pack, tokenize
+from lape_fast.text import pack_for_model, tokenize
 from lape_fast.tune.adapter import restore_values, write_adapter_files
 from lape_fast.tune.subnetwork import Subnetwork
 
@@ -72,18 +72,11 @@ def pack_documents(model: nn.Module, tokenizer, documents: Sequence[str], contex
     Raises:
         CorpusError: there is no token to predict.
     """
-    packing = supports_packing(model)
-    packed = pack(
-        tokenize(tokenizer, list(documents)),
-        [0] * len(documents),
-        context_length,
-        pad_id=tokenizer.pad_token_id or 0,
-        special_ids=set(tokenizer.all_special_ids),
-        one_document_per_row=not packing,
-    )
+    token_lists = tokenize(tokenizer, list(documents))
+    packed = pack_for_model(model, tokenizer, token_lists, [0] * len(documents), context_length)
     if not (packed.labels != -100).any():
         raise CorpusError(f"The {len(documents)} documents hold no token to predict; give more text.")
-    return Rows(packed, with_positions=packing)
+    return Rows(packed, with_positions=supports_packing(model))
 
 
 def train(
