@@ -37,7 +37,7 @@ TARGET_DOCUMENTS, OTHER_DOCUMENTS = 400, 1597
 
 SIZE = BaseSize(hidden_size=192, neurons_per_layer=768, layers=4, heads=4, vocabulary=6000)
 BASE_SETTINGS = TrainingSettings(context_length=256, rows_per_step=12, steps=1500, learning_rate=3e-3, save_every=250)
-TUNE_STEPS, LEARNING_RATES, RANDOM_SEEDS = 80, (3e-4, 1e-3, 3e-3), (0, 1, 2)
+TUNE_STEPS, LEARNING_RATES, RANDOM_SEEDS = 80, (3e-4, 1e-3, 3e-3, 1e-2), (0, 1, 2)
 TOKENS_PER_LANGUAGE = 20_000
 PRESETS = {
     "paper": {"top_rate": 0.05, "filter_rate": 0.95, "activation_bar": 0.95},
