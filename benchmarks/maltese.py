@@ -98,7 +98,10 @@ def run(corpus: str, workspace: Path) -> dict:
     test = prepare_text(
         model, tokenizer, open_corpus(corpus, lines=TEST_LINES, languages=BASE_LANGUAGES), context_length=256
     )
-    figures["ablation"] = ablate_neurons(model, chosen, test).to_json()
+    ablation = workspace / "ablation.json"
+    if not ablation.exists():
+        write_json(ablation, ablate_neurons(model, chosen, test).to_json())
+    figures["ablation"] = read_json(ablation)
     before = bits(score(model, test))
     figures["before"] = before
     figures["tuning"] = {
