@@ -65,7 +65,16 @@ def print_facts(name: Any, facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
-    table = new_table(str(name), "")
-    for key, value in facts.items():
-        table.add_row(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    table = Table("", str(name))
+    metadata = facts.get("metadata", {})
+    for key, value in {**{key: value for key, value in facts.items() if key != "metadata"}, **metadata}.items():
+        table.add_row(key.replace("_", " "), _in_words(value))
     Console().print(table)
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_in_words(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_in_words, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
