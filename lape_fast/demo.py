@@ -52,13 +52,13 @@ LANGUAGES = sorted(TARGETS + OTHERS)
 TARGET_SHARE = 0.25
 
 # Lines of the built-in text of each language.
-TRAIN_LINES, VALIDATION_LINES, TEST_LINES = "1-600", "601-660", "661-720"
-TRAIN_DOCUMENTS = 600
+TRAIN_LINES, VALIDATION_LINES, TEST_LINES = "1-1000", "1001-1060", "1061-1120"
+TRAIN_DOCUMENTS = 1000
 # A second pass counts every built-in language on these.
 ALL_LANGUAGES_LINES = "1-60"
 
 SIZE = BaseSize(hidden_size=128, neurons_per_layer=512, layers=4, heads=4, vocabulary=4000)
-BASE_SETTINGS = TrainingSettings(context_length=256, rows_per_step=4, steps=1400, learning_rate=3e-3, save_every=200)
+BASE_SETTINGS = TrainingSettings(context_length=256, rows_per_step=4, steps=2800, learning_rate=3e-3, save_every=200)
 TUNE_SETTINGS = TrainingSettings(
     context_length=256, rows_per_step=4, steps=80, learning_rate=2e-3, evaluate_every=20, save_every=20
 )
