@@ -104,6 +104,11 @@ class ActivationCounts:
     Raises:
         ShapeError: shapes that do not agree, dtypes other than integers, negative counts, more positives than tokens.
         LanguageError: two codes of the same language.
+
+    Example:
+        >>> positive = torch.tensor([[[90, 10]], [[10, 90]]])
+        >>> counts = ActivationCounts(positive, torch.tensor([100, 100]), ["mlt_Latn", "cym_Latn"])
+        >>> counts.save("counts.safetensors")
     """
 
     positive: torch.Tensor

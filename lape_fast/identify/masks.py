@@ -28,6 +28,9 @@ def import_masks(path: str | os.PathLike, languages: Sequence[str], neurons_per_
         FileFormatError: a file that holds anything but lists and index tensors (nothing in it is run), another number
             of languages, or indices that are repeated or out of range.
         LanguageError: two codes of the same language.
+
+    Example:
+        >>> neurons = import_masks("mask.pth", ["mlt_Latn", "afr_Latn"], neurons_per_layer=14336)
     """
     languages = check_languages(languages)
     nested = _read_lists(path)
@@ -57,7 +60,11 @@ def import_masks(path: str | os.PathLike, languages: Sequence[str], neurons_per_
 
 
 def export_masks(neurons: NeuronSet, path: str | os.PathLike) -> None:
-    """Writes the published form, atomically: lists of int64 tensors, in the order of ``neurons.languages``."""
+    """Writes the published form, atomically: lists of int64 tensors, in the order of ``neurons.languages``.
+
+    Example:
+        >>> export_masks(NeuronSet.load("neurons.safetensors"), "mask.pth")
+    """
     # In memory first, because torch.save stores a file's own name in it, and the temporary name is random.
     buffer = io.BytesIO()
     torch.save([neurons[language] for language in neurons.languages], buffer)

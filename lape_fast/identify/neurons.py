@@ -30,6 +30,11 @@ def random_like(neurons: NeuronSet, language: str, seed: int) -> NeuronSet:
     Raises:
         LanguageError: ``neurons`` does not hold the language.
         SelectionError: the language holds more than half of all neurons, so too few are left to draw from.
+
+    Example:
+        >>> control = random_like(neurons, "mlt_Latn", seed=0)
+        >>> control.count("mlt_Latn") == neurons.count("mlt_Latn")
+        True
     """
     code = neurons.languages[find_language(neurons.languages, language)]
     own = neurons.flat(code)
@@ -95,6 +100,11 @@ class NeuronSet:
     Raises:
         ShapeError: offsets or indices that are out of range, out of order or repeated.
         LanguageError: two codes of the same language.
+
+    Example:
+        >>> neurons = NeuronSet.from_lists({"mlt_Latn": [[0, 5], [3]]}, neurons_per_layer=16)
+        >>> neurons["mt"][0]
+        tensor([0, 5])
     """
 
     languages: list[str]

@@ -207,6 +207,9 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     Raises:
         ArchitectureError: unknown architecture or activation, projections that are quantised, wrapped or already
             replaced, or a config whose code goes around the projections.
+
+    Example:
+        >>> find_ffns(model)[0].gate_weight.shape  # [F, D]
     """
     layout, base = layout_of(model), decoder(model)
     for field in layout.must_be_off:

@@ -69,6 +69,9 @@ def load_model(
     Raises:
         ConfigError: the model, its weights or its tokenizer cannot be found or read, or dtype or device is unknown.
         ArchitectureError: the table of FFN layouts lacks the architecture, or weights are missing from the checkpoint.
+
+    Example:
+        >>> model, tokenizer = load_model("meta-llama/Llama-3.1-8B", dtype="bfloat16")
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -99,6 +99,11 @@ def gated_activation_backward(
     Raises:
         ShapeError: shapes, dtypes or slots do not fit together.
         BackendError: the backend cannot run here.
+
+    Example:
+        >>> slots = slot_map(torch.tensor([3, 7]), 16)
+        >>> gate, up, grad_h = torch.randn(3, 5, 16)
+        >>> hidden, grads = gated_activation_backward(grad_h, gate, up, "silu", slots, selected=2)
     """
     number = activation_number(activation)
     _check(grad_h, gate, up, slots, selected)

@@ -113,6 +113,10 @@ def ablate_neurons(
         neurons: whose neurons to switch off.
         text: what to measure on.
         languages: which of ``neurons`` to switch off; by default those that are also in ``text``.
+
+    Example:
+        >>> text = prepare_text(model, tokenizer, open_corpus("held-out/"))
+        >>> ablate_neurons(model, neurons, text).own()["mlt_Latn"]
     """
     ablated = tuple(languages or [language for language in neurons.languages if language in text.languages])
     base = score(model, text, "intact model")

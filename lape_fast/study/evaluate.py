@@ -73,6 +73,10 @@ def prepare_text(
 
     Raises:
         CorpusError: a language has no text.
+
+    Example:
+        >>> text = prepare_text(model, tokenizer, open_corpus("texts/", lines="1798-1997"))
+        >>> before = score(model, text)
     """
     languages = tuple(languages or corpus.languages)
     documents, document_languages, sizes = [], [], []
@@ -117,7 +121,11 @@ def score(model: nn.Module, text: EvaluationText, description: str = "evaluating
 
 
 def evaluate_languages(model: nn.Module, tokenizer, corpus: Corpus, **options) -> dict[str, LanguageScore]:
-    """``prepare_text`` and ``score`` in one call; ``options`` are those of ``prepare_text``."""
+    """``prepare_text`` and ``score`` in one call; ``options`` are those of ``prepare_text``.
+
+    Example:
+        >>> evaluate_languages(model, tokenizer, open_corpus("texts/"), languages=["mlt_Latn"])["mlt_Latn"].perplexity
+    """
     return score(model, prepare_text(model, tokenizer, corpus, **options))
 
 

@@ -40,6 +40,10 @@ def open_corpus(
     Raises:
         CorpusError: no such corpus, nothing in it, or a language that it lacks.
         ConfigError: ``lines`` is no range.
+
+    Example:
+        >>> corpus = open_corpus("texts/", lines="1-1597", languages=["mt", "cy"])
+        >>> next(corpus.documents("mlt_Latn"))
     """
     line_range = LineRange.parse(lines)
     path = Path(spec).expanduser()

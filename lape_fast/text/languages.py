@@ -47,6 +47,10 @@ def canonical(code: str) -> str:
 
     Raises:
         LanguageError: no such code; the message lists near ones.
+
+    Example:
+        >>> canonical("20231101.mt")
+        'mlt_Latn'
     """
     found = _resolve(code)
     if found is None:
@@ -68,6 +72,10 @@ def language_name(code: str) -> str:
 
     Raises:
         LanguageError: no such code.
+
+    Example:
+        >>> language_name("mlt_Latn")
+        'Maltese'
     """
     code = canonical(code)
     row = _rows().get(code)

@@ -38,6 +38,9 @@ class TrainingSettings:
         seed: of the order of rows.
         save_every: steps between checkpoints from which an interrupted run resumes.
         evaluate_every: steps between measurements on the validation text; the best of them is kept.
+
+    Example:
+        >>> settings = TrainingSettings(steps=500, learning_rate=3e-4)
     """
 
     context_length: int = 512

@@ -37,8 +37,7 @@ class SubnetworkConfig:
         seed: of the random set.
 
     Example:
-        >>> config = SubnetworkConfig(neurons="out/neurons.safetensors", language="mlt_Latn")
-        >>> tune_language(model, tokenizer, open_corpus("texts/"), config, "adapters/mlt_Latn")
+        >>> subnetwork = SubnetworkConfig(neurons="out/neurons.safetensors", language="mlt_Latn").attach(model)
     """
 
     neurons: str | os.PathLike | NeuronSet
@@ -94,6 +93,10 @@ def tune_language(
     Raises:
         CorpusError: the corpus lacks the language.
         FileExistsAlreadyError: the output is there already.
+
+    Example:
+        >>> config = SubnetworkConfig("out/neurons.safetensors", language="mlt_Latn")
+        >>> tune_language(model, tokenizer, open_corpus("texts/"), config, "adapters/mlt_Latn")
     """
     settings = settings or TrainingSettings()
     output = Path(output)
