@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lape_fast import __version__
-from lape_fast.errors import ConfigError, FileExistsAlreadyError, LapeFastError
+from lape_fast.errors import ConfigError, LapeFastError
 from lape_fast.terminal import new_table, print_facts, print_json, print_neurons, print_scores
 
 # Commands import what they use: torch and transformers take seconds, and `--help` should not.
@@ -200,9 +200,10 @@ def select(
 
     Example: lape-fast select out/counts.safetensors --top-rate 0.01 --output neurons-1.safetensors
     """
+    from lape_fast.files import refuse_existing
     from lape_fast.identify import ActivationCounts, select_neurons
 
-    _refuse_existing(output)
+    refuse_existing(output)
     loaded = ActivationCounts.load(counts)
     if languages:
         loaded = loaded.restrict(_split(languages))
@@ -328,12 +329,12 @@ def ablate(
     Example: lape-fast ablate --model M --neurons out/neurons.safetensors --corpus texts/ --lines 1798-1997
     --figure ablation.png
     """
-    from lape_fast.files import write_json
+    from lape_fast.files import refuse_existing, write_json
     from lape_fast.identify import NeuronSet
     from lape_fast.study import ablate_neurons, prepare_text
 
     for path in filter(None, (output, figure)):
-        _refuse_existing(path)
+        refuse_existing(path)
     chosen = NeuronSet.load(neurons)
     opened = _open_corpus(corpus, lines, languages, text_column)
     loaded, tokenizer = _load(model, dtype, device)
@@ -368,10 +369,10 @@ def merge(
 
     Example: lape-fast merge --model meta-llama/Llama-3.1-8B --adapter adapters/mlt_Latn --output llama-mlt
     """
-    from lape_fast.files import atomic_folder
+    from lape_fast.files import atomic_folder, refuse_existing
     from lape_fast.tune import load_adapter
 
-    _refuse_existing(output)
+    refuse_existing(output)
     loaded, tokenizer = _load(model, dtype, "cpu")
     load_adapter(loaded, adapter).detach(keep=True)
     with atomic_folder(output) as folder:
@@ -396,10 +397,11 @@ def convert(
 
     Example: lape-fast convert mask.pth --languages mt,af,is --neurons-per-layer 14336 --output neurons.safetensors
     """
+    from lape_fast.files import refuse_existing
     from lape_fast.identify import NeuronSet, export_masks, import_masks
     from lape_fast.identify.counts import canonical_or_same
 
-    _refuse_existing(output)
+    refuse_existing(output)
     if source.suffix == ".safetensors":
         neurons = NeuronSet.load(source)
         export_masks(neurons, output)
@@ -479,11 +481,6 @@ def _load(model: str, dtype: str, device: str | None):
 
 def _split(languages: str | None) -> list[str] | None:
     return [language.strip() for language in languages.split(",") if language.strip()] if languages else None
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise FileExistsAlreadyError(f"{path} exists already; choose another output or remove it first.")
 
 
 def _note_ignored(corpus) -> None:

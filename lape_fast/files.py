@@ -43,6 +43,16 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def refuse_existing(path: str | os.PathLike) -> None:
+    """Makes sure that an output is not there yet.
+
+    Raises:
+        FileExistsAlreadyError: it is.
+    """
+    if Path(path).exists():
+        raise FileExistsAlreadyError(f"{path} exists already; choose another output or remove it first.")
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary folder that becomes ``path`` on success and vanishes on failure.
@@ -51,8 +61,8 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         FileExistsAlreadyError: ``path`` is there already and is not an empty folder.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsAlreadyError(f"{path} exists already; choose another output or remove it first.")
+    if not path.is_dir() or any(path.iterdir()):
+        refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True) as parent:
         # A folder inside the private one gets ordinary permissions.

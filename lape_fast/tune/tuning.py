@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from lape_fast.errors import ConfigError, CorpusError, FileExistsAlreadyError
-from lape_fast.files import atomic_folder, write_json
+from lape_fast.errors import ConfigError, CorpusError
+from lape_fast.files import atomic_folder, refuse_existing, write_json
 from lape_fast.identify import NeuronSet, random_like
 from lape_fast.models import model_identity
 from lape_fast.text import Corpus, canonical
@@ -100,8 +100,7 @@ def tune_language(
     """
     settings = settings or TrainingSettings()
     output = Path(output)
-    if output.exists():
-        raise FileExistsAlreadyError(f"{output} exists already; choose another output or remove it first.")
+    refuse_existing(output)
     language = canonical(config.language)
     rows = pack_documents(model, tokenizer, _documents(corpus, language), settings.context_length)
     held_out = validation and pack_documents(
@@ -120,7 +119,6 @@ def tune_language(
         description=f"tuning {language}",
     )
     model.eval()
-    subnetwork.synchronize()
     details = {"method": config.method, "seed": config.seed, "settings": asdict(settings)}
     with atomic_folder(output) as folder:
         write_adapter_files(subnetwork, folder, language=language, **details)
