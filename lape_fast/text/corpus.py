@@ -20,7 +20,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def open_corpus(
-    spec: str | os.PathLike,
+    spec: str | os.PathLike | Sequence[str],
     *,
     lines: str | None = None,
     languages: Iterable[str] | None = None,
@@ -45,6 +45,8 @@ def open_corpus(
         >>> corpus = open_corpus("texts/", lines="1-1597", languages=["mt", "cy"])
         >>> next(corpus.documents("mlt_Latn"))
     """
+    if not isinstance(spec, (str, os.PathLike)):
+        (spec,) = spec
     line_range = LineRange.parse(lines)
     path = Path(spec).expanduser()
     if str(spec) == BUILT_IN:

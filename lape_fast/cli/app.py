@@ -1,0 +1,73 @@
+"""The command line: thin commands over the Python functions of the same names."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from lape_fast import __version__
+from lape_fast.cli import identify, study, tour, tune
+from lape_fast.errors import LapeFastError
+
+# Commands import what they use: torch and transformers take seconds, and `--help` should not.
+
+app = typer.Typer(
+    help="Find the feed-forward neurons of a language in a language model, and tune only those.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+# In the order of `--help`.
+COMMANDS = (
+    identify.identify,
+    identify.count,
+    identify.select,
+    tune.tune,
+    study.evaluate,
+    study.ablate,
+    tune.merge,
+    identify.convert,
+    tour.info,
+    tour.demo,
+)
+for command in COMMANDS:
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    # What `main` reads itself, and what its callback has done.
+    del debug, version
+
+
+def main() -> None:
+    """Runs the command line; an error is one sentence on standard error, a traceback only with --debug."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Taken out here so that it may stand anywhere on the line.
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments, prog_name="lape-fast")
+    except (LapeFastError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"[red]Error:[/red] {escape(str(error))}", highlight=False)
+        sys.exit(1)

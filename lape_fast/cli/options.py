@@ -1,0 +1,99 @@
+"""The options that commands share, and what turns their values into corpora and models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lape_fast.errors import ConfigError
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Makes the values of a YAML file the defaults of a command; flags still win."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"The configuration {path} cannot be read ({error}); give a YAML file of options.") from error
+    known = {parameter.name: parameter for parameter in context.command.params}
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ConfigError(f"The configuration {path} must be a mapping such as `top_rate: 0.05`.")
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"The configuration {path} sets {', '.join(unknown)}, which `{context.info_name}` does not know; its "
+            f"options are {', '.join(sorted(known))}."
+        )
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a causal language model.")]
+DEFAULT_CORPUS = ["cldr"]
+CorpusSpec = Annotated[
+    list[str],
+    typer.Option(
+        "--corpus",
+        help="Folder of text files named by language code, a file, a hub id, or `cldr` (built in); may be repeated.",
+    ),
+]
+Lines = Annotated[str | None, typer.Option("--lines", help="Use only these lines of each file, as in 1-1597.")]
+Languages = Annotated[
+    str | None, typer.Option("--languages", help="Comma-separated language codes; all of the corpus by default.")
+]
+TextColumn = Annotated[str | None, typer.Option("--text-column", help="Column of .jsonl, .parquet and hub text.")]
+ContextLength = Annotated[int, typer.Option("--context-length", min=2, help="Tokens per row.")]
+BatchTokens = Annotated[int, typer.Option("--batch-tokens", min=1, help="Tokens per forward pass.")]
+TokenBudget = Annotated[
+    int | None, typer.Option("--tokens-per-language", min=1, help="Stop a language after this many tokens.")
+]
+TopRate = Annotated[float, typer.Option("--top-rate", help="Share of all neurons to select, lowest entropy first.")]
+FilterRate = Annotated[
+    float, typer.Option("--filter-rate", help="Quantile of activation probability a neuron must exceed in a language.")
+]
+ActivationBar = Annotated[
+    float, typer.Option("--activation-bar", help="Quantile above which a neuron belongs to a language.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option("--device", help="cuda, cpu, ...; a GPU if there is one by default.")]
+Output = Annotated[Path, typer.Option("--output", help="Where to write; nothing that exists is overwritten.")]
+Neurons = Annotated[Path, typer.Option("--neurons", help="Neuron file, as written by identify or select.")]
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="Adapter folder, as written by tune.")]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", callback=_read_config, is_eager=True, help="YAML file of options; flags override it."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+
+
+def open_text(specs: list[str], lines: str | None, languages: str | None, text_column: str | None):
+    """The corpus that a command was given."""
+    from lape_fast.text import open_corpus
+
+    return open_corpus(specs, lines=lines, languages=split_codes(languages), text_column=text_column)
+
+
+def load(model: str, dtype: str, device: str | None):
+    """The model and the tokenizer that a command was given."""
+    from lape_fast.models import load_model
+
+    return load_model(model, dtype=dtype, device=device)
+
+
+def split_codes(languages: str | None) -> list[str] | None:
+    """Codes that were given with commas between them; None where none were."""
+    return [language.strip() for language in languages.split(",") if language.strip()] if languages else None
+
+
+def note_ignored(corpus) -> None:
+    """Says on standard error which files of a folder were not read."""
+    if corpus.ignored:
+        names = ", ".join(corpus.ignored[:6]) + (" ..." if len(corpus.ignored) > 6 else "")
+        Console(stderr=True).print(f"Left out, not named by a language code: {names}", highlight=False, markup=False)
