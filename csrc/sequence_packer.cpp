@@ -56,15 +56,14 @@ class FreeSpace {
     free_.assign(2 * leaves_, context);
   }
 
-  // Takes `length` tokens from the first row that has them, and returns the row and the space that it had left.
-  std::pair<std::int64_t, std::int64_t> take(std::int64_t length) {
+  // Takes `length` tokens from the first row that has them, and returns the row.
+  std::int64_t take(std::int64_t length) {
     std::size_t node = 1;
     while (node < leaves_) node = free_[2 * node] >= length ? 2 * node : 2 * node + 1;
     const auto row = static_cast<std::int64_t>(node - leaves_);
-    const std::int64_t before = free_[node];
     free_[node] -= length;
     for (node /= 2; node > 0; node /= 2) free_[node] = std::max(free_[2 * node], free_[2 * node + 1]);
-    return {row, before};
+    return row;
   }
 
  private:
@@ -72,7 +71,8 @@ class FreeSpace {
   std::vector<std::int64_t> free_;
 };
 
-// Places every piece, the longest first and equally long ones in the order of the documents; returns the row count.
+// Finds a row for every piece, the longest first and equally long ones in the order of the documents, then orders each
+// row by language: the counting kernels add to memory where the language changes. Returns the row count.
 std::int64_t place(const std::vector<Piece>& pieces, std::int64_t context, bool one_per_row,
                    std::vector<Placement>& placements) {
   std::vector<std::size_t> order(pieces.size());
@@ -87,9 +87,18 @@ std::int64_t place(const std::vector<Piece>& pieces, std::int64_t context, bool 
       placements[piece] = {rows++, 0};
       continue;
     }
-    const auto [row, before] = free.take(pieces[piece].length);
-    placements[piece] = {row, context - before};
+    const std::int64_t row = free.take(pieces[piece].length);
+    placements[piece] = {row, 0};
     rows = std::max(rows, row + 1);
+  }
+  if (one_per_row) return rows;
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+    return std::pair(placements[a].row, pieces[a].language) < std::pair(placements[b].row, pieces[b].language);
+  });
+  for (std::size_t place = 1; place < order.size(); ++place) {
+    const Placement& before = placements[order[place - 1]];
+    Placement& here = placements[order[place]];
+    if (here.row == before.row) here.column = before.column + pieces[order[place - 1]].length;
   }
   return rows;
 }

@@ -47,3 +47,7 @@ class TrainingError(LapeFastError, RuntimeError):
 
 class ConfigError(LapeFastError, ValueError):
     """An option, or the YAML file that sets it, has a value that makes no sense."""
+
+
+class WorkerError(LapeFastError, RuntimeError):
+    """A process that helped this one ended without a result."""

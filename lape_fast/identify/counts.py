@@ -18,6 +18,9 @@ from lape_fast.text.languages import canonical, is_language, nearest
 # Metadata that the file itself needs; everything else is the caller's.
 FILE_FIELDS = ("kind", "schema_version", "languages")
 
+# What a file holds, the last two where the halves were kept.
+TENSORS = ("positive", "tokens", "first_half_positive", "first_half_tokens")
+
 INTEGER_DTYPES = frozenset(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
@@ -76,6 +79,26 @@ def _as_counts(name: str, values: Any, dimensions: int) -> torch.Tensor:
     return values.to("cpu", torch.int64).contiguous()
 
 
+def _checked(languages: list[str], positive: Any, tokens: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as int64 on the CPU, after every check of their shapes and values."""
+    positive, tokens = _as_counts("positive", positive, 3), _as_counts("tokens", tokens, 1)
+    if not len(languages) == len(positive) == len(tokens):
+        raise ShapeError(
+            f"`positive` holds {len(positive)} languages and `tokens` {len(tokens)}, but {len(languages)} codes are "
+            "given; all three must agree."
+        )
+    least, most = positive.flatten(1).aminmax(dim=1)
+    for language, low, high, total in zip(languages, least.tolist(), most.tolist(), tokens.tolist(), strict=True):
+        if min(low, total) < 0:
+            raise ShapeError(f"Language {language!r} has a count of {min(low, total)}; counts cannot be negative.")
+        if high > total:
+            raise ShapeError(
+                f"Language {language!r} has a neuron that fired {high} times in {total} tokens; "
+                "`positive` and `tokens` must come from the same run."
+            )
+    return positive, tokens
+
+
 def _check_same_model(first: ActivationCounts, other: ActivationCounts) -> None:
     if other.positive.shape[1:] != first.positive.shape[1:]:
         raise ArchitectureError(
@@ -100,6 +123,9 @@ class ActivationCounts:
         tokens: [G], of any integer dtype: counted tokens of a language.
         languages: G codes.
         metadata: JSON values that say where the counts come from (model, config hash, corpus ...).
+        first_half_positive: [G, L, F], the part of ``positive`` from every other chunk of a language's text; None
+            where the halves were not kept.
+        first_half_tokens: [G], the part of ``tokens``.
 
     Raises:
         ShapeError: shapes that do not agree, dtypes other than integers, negative counts, more positives than tokens.
@@ -115,28 +141,21 @@ class ActivationCounts:
     tokens: torch.Tensor
     languages: list[str]
     metadata: dict[str, Any] = field(default_factory=dict)
+    first_half_positive: torch.Tensor | None = None
+    first_half_tokens: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.positive = _as_counts("positive", self.positive, 3)
-        self.tokens = _as_counts("tokens", self.tokens, 1)
         self.languages = check_languages(self.languages)
         self.metadata = dict(self.metadata)
-        if not len(self.languages) == len(self.positive) == len(self.tokens):
-            raise ShapeError(
-                f"`positive` holds {len(self.positive)} languages and `tokens` {len(self.tokens)}, but "
-                f"{len(self.languages)} codes are given; all three must agree."
+        self.positive, self.tokens = _checked(self.languages, self.positive, self.tokens)
+        if (self.first_half_positive is None) != (self.first_half_tokens is None):
+            raise ShapeError("The first half's `positive` and `tokens` belong together; give both or neither.")
+        if self.first_half_positive is not None:
+            self.first_half_positive, self.first_half_tokens = _checked(
+                self.languages, self.first_half_positive, self.first_half_tokens
             )
-        least, most = self.positive.flatten(1).aminmax(dim=1)
-        for language, low, high, tokens in zip(
-            self.languages, least.tolist(), most.tolist(), self.tokens.tolist(), strict=True
-        ):
-            if min(low, tokens) < 0:
-                raise ShapeError(f"Language {language!r} has a count of {min(low, tokens)}; counts cannot be negative.")
-            if high > tokens:
-                raise ShapeError(
-                    f"Language {language!r} has a neuron that fired {high} times in {tokens} tokens; "
-                    "`positive` and `tokens` must come from the same run."
-                )
+            # What is left for the second half must make sense as well.
+            _checked(self.languages, self.positive - self.first_half_positive, self.tokens - self.first_half_tokens)
 
     @property
     def layers(self) -> int:
@@ -158,8 +177,9 @@ class ActivationCounts:
         if missing or "languages" not in metadata:
             raise FileFormatError(f"{path} lacks {', '.join(missing) or 'its language codes'}; count again.")
         kept = {name: value for name, value in metadata.items() if name not in FILE_FIELDS}
+        halves = (tensors.get("first_half_positive"), tensors.get("first_half_tokens"))
         try:
-            return cls(tensors["positive"], tensors["tokens"], metadata["languages"], kept)
+            return cls(tensors["positive"], tensors["tokens"], metadata["languages"], kept, *halves)
         except (ShapeError, LanguageError) as error:
             raise FileFormatError(f"{path} holds counts that make no sense: {error}") from error
 
@@ -188,22 +208,28 @@ class ActivationCounts:
             for code in part.languages:
                 spellings.setdefault(canonical_or_same(code), code)
         order = list(spellings)
-        positive = torch.zeros(len(order), first.layers, first.neurons_per_layer, dtype=torch.int64)
-        tokens = torch.zeros(len(order), dtype=torch.int64)
-        for part in parts:
-            positions = torch.tensor([order.index(canonical_or_same(code)) for code in part.languages])
-            positive.index_add_(0, positions, part.positive)
-            tokens.index_add_(0, positions, part.tokens)
+        positions = [torch.tensor([order.index(canonical_or_same(code)) for code in part.languages]) for part in parts]
+
+        def total(name: str) -> torch.Tensor | None:
+            tensors = [getattr(part, name) for part in parts]
+            if any(tensor is None for tensor in tensors):
+                return None
+            summed = torch.zeros(len(order), *tensors[0].shape[1:], dtype=torch.int64)
+            for rows, tensor in zip(positions, tensors, strict=True):
+                summed.index_add_(0, rows, tensor)
+            return summed
+
         shared = {
             name: value
             for name, value in first.metadata.items()
             if all(name in part.metadata and part.metadata[name] == value for part in parts)
         }
-        return cls(positive, tokens, list(spellings.values()), shared)
+        positive, tokens, *halves = map(total, TENSORS)
+        return cls(positive, tokens, list(spellings.values()), shared, *halves)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes ``counts.safetensors``, atomically."""
-        tensors = {"positive": self.positive, "tokens": self.tokens}
+        tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
         write_tensors(path, "counts", tensors, {**self.metadata, "languages": self.languages})
 
     def restrict(self, languages: Sequence[str]) -> ActivationCounts:
@@ -214,7 +240,22 @@ class ActivationCounts:
         """
         positions = [find_language(self.languages, language) for language in languages]
         codes = [self.languages[position] for position in positions]
-        return ActivationCounts(self.positive[positions], self.tokens[positions], codes, self.metadata)
+        positive, tokens, *halves = (
+            None if tensor is None else tensor[positions] for tensor in (getattr(self, name) for name in TENSORS)
+        )
+        return ActivationCounts(positive, tokens, codes, self.metadata, *halves)
+
+    def halves(self) -> tuple[ActivationCounts, ActivationCounts]:
+        """The counts of the two interleaved halves of every language's text.
+
+        Raises:
+            SelectionError: the halves were not kept.
+        """
+        if self.first_half_positive is None:
+            raise SelectionError("These counts do not hold their two halves; count again to measure stability.")
+        first = (self.first_half_positive, self.first_half_tokens)
+        second = (self.positive - first[0], self.tokens - first[1])
+        return tuple(ActivationCounts(*half, self.languages, self.metadata) for half in (first, second))
 
     def check_tokens(self) -> None:
         """Makes sure that every language has a probability.

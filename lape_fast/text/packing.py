@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,7 +78,7 @@ def pack(
     special_ids: Collection[int],
     one_document_per_row: bool = False,
 ) -> Packed:
-    """Packs documents into rows, first-fit-decreasing.
+    """Packs documents into rows, first-fit-decreasing, and orders each row by language.
 
     A document longer than a row is cut into pieces that overlap by one token, so every token of a document is counted
     once and every one but the first is predicted once. The layout depends on nothing but the arguments.
@@ -139,7 +139,14 @@ def pack_documents(
         places = [(row, 0) for row in range(len(pieces))]
     else:
         width = context_length
-        places = _first_fit([pieces[piece].length for piece in order], context_length)
+        rows = dict(zip(order, _first_fit([pieces[piece].length for piece in order], context_length), strict=True))
+        # The counting kernels add to memory where the language changes.
+        order.sort(key=lambda piece: (rows[piece], languages[pieces[piece].document]))
+        ends = [0] * (1 + max(rows.values(), default=-1))
+        places = []
+        for piece in order:
+            places.append((rows[piece], ends[rows[piece]]))
+            ends[rows[piece]] += pieces[piece].length
 
     shape = (1 + max((row for row, _ in places), default=-1), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
@@ -180,6 +187,20 @@ class Packed:
         """
         return self.input_ids.masked_fill(self.position_ids == 0, IGNORED_LABEL)
 
+    def batches(self, tokens: int) -> Iterator[Packed]:
+        """Cuts the rows into batches of at most ``tokens`` places, each at least a row, without the padding behind
+        the longest row."""
+        used = (self.language_ids >= 0) | (self.position_ids > 0)
+        lengths = (used * torch.arange(1, used.shape[1] + 1)).amax(1).tolist() if used.numel() else []
+        start = 0
+        while start < len(lengths):
+            # Where a row is one document the longest come first, so the first row's length holds for all behind it.
+            rows = slice(start, start + max(1, tokens // max(lengths[start], 1)))
+            width = max(lengths[rows])
+            start = rows.stop
+            if width:
+                yield Packed(*(part[rows, :width] for part in (self.input_ids, self.position_ids, self.language_ids)))
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -201,20 +222,20 @@ def _cut(lengths: np.ndarray, context_length: int) -> list[_Piece]:
     return pieces
 
 
-def _first_fit(lengths: Sequence[int], context_length: int) -> list[tuple[int, int]]:
-    """The row and column of each piece: the first row with room for it, found in a tree of the maxima of free space."""
+def _first_fit(lengths: Sequence[int], context_length: int) -> list[int]:
+    """The row of each piece: the first with room for it, found in a tree of the maxima of free space."""
     leaves = 1 << max(len(lengths) - 1, 0).bit_length()
     free = [context_length] * (2 * leaves)
-    places = []
+    rows = []
     for length in lengths:
         node = 1
         while node < leaves:
             node = 2 * node if free[2 * node] >= length else 2 * node + 1
-        places.append((node - leaves, context_length - free[node]))
+        rows.append(node - leaves)
         free[node] -= length
         while node := node // 2:
             free[node] = max(free[2 * node], free[2 * node + 1])
-    return places
+    return rows
 
 
 def _check(

@@ -88,7 +88,27 @@ def test_rows_are_filled_first_fit_decreasing():
     rows = [[] for _ in range(len(packed.input_ids))]
     for row, _, tokens, _ in pieces_of(packed):
         rows[row].append(len(tokens))
-    assert rows == first_fit([len(document) for document in documents], 31)
+    # Which documents share a row is first-fit-decreasing; within it they stand by language.
+    assert [sorted(row, reverse=True) for row in rows] == first_fit([len(document) for document in documents], 31)
+    counted = [row[row >= 0] for row in packed.language_ids]
+    assert all((row.diff() >= 0).all() for row in counted)
+    assert any(len(row.unique()) > 1 for row in counted)
+
+
+def test_batches_hold_every_row_and_no_needless_padding():
+    documents, languages = random_documents(3, 20, count=50)
+    for one_document_per_row in (False, True):
+        packed = pack(
+            documents, languages, 31, pad_id=PAD, special_ids=SPECIAL, one_document_per_row=one_document_per_row
+        )
+        batches = list(packed.batches(70))
+        assert sum(len(batch.input_ids) for batch in batches) == len(packed.input_ids)
+        assert sum(int((batch.language_ids >= 0).sum()) for batch in batches) == int((packed.language_ids >= 0).sum())
+        for batch in batches:
+            assert batch.input_ids.numel() <= 70
+            last = batch.position_ids[:, -1] + (batch.language_ids[:, -1] >= 0)
+            assert last.any()
+    assert len(list(packed.batches(1))) == len(packed.input_ids)
 
 
 def test_equally_long_documents_keep_their_order():
