@@ -5,7 +5,8 @@
     published       the published scripts' operations on this model: SiLU written back over the gate, a float copy,
                     sums of its sign and of its values, the number of tokens
     ours            every layer computed by the fused op that counts
-    ours-identify   the same as lape-fast identify runs it: the last layer's up and down projections are left out
+    ours-identify   the same as lape-fast identify runs it: without the last layer's up and down projections and
+                    without the final norm
 
 The tokens are random, one row of one language. Before anything is timed, the counts are checked.
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.llama import build_llama, option_parser, prepare, random_tokens, settings, share
 from benchmarks.measure import interleave, machine_facts, report, timed_rows
-from lape_fast.identify.counting import count_batch, counting_ffns
+from lape_fast.identify.counting_ffn import count_batch, counting_ffns
 from lape_fast.models import FFN, find_ffns, forward_hidden
 from lape_fast.progress import progress_bar
 from lape_fast.text import Packed
@@ -100,11 +101,11 @@ def check_counts(steps: dict[str, Callable[[], Any]], our_ffns: Sequence[FFN], c
         step()
     for handle in handles:
         handle.remove()
-    mine = counts["ours"][:, LANGUAGE]
+    mine = counts["ours"][:, 0, LANGUAGE]
     expected = {
         "published": (counts["published"].long(), counts["boolean-hook"]),
         "ours": (mine, watched),
-        "ours-identify": (counts["ours-identify"][:, LANGUAGE], mine),
+        "ours-identify": (counts["ours-identify"][:, 0, LANGUAGE], mine),
     }
     wrong = [name for name, (found, right) in expected.items() if not torch.equal(found, right)]
     if wrong:
@@ -144,13 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def empty_counts(options: argparse.Namespace) -> dict[str, Tensor]:
-    """Zeros, ``[L, F]`` for the peers of one language and ``[L, G, F]`` for ours."""
+    """Zeros, ``[L, F]`` for the peers of one language and ``[L, 1, G, F]`` for ours."""
     layers, width = options.layers, options.neurons
     return {
         "boolean-hook": torch.zeros(layers, width, dtype=torch.int64, device=options.device),
         "published": torch.zeros(layers, width, dtype=torch.int32, device=options.device),
-        "ours": torch.zeros(layers, LANGUAGES, width, dtype=torch.int64, device=options.device),
-        "ours-identify": torch.zeros(layers, LANGUAGES, width, dtype=torch.int64, device=options.device),
+        "ours": torch.zeros(layers, 1, LANGUAGES, width, dtype=torch.int64, device=options.device),
+        "ours-identify": torch.zeros(layers, 1, LANGUAGES, width, dtype=torch.int64, device=options.device),
     }
 
 

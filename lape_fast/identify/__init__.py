@@ -1,6 +1,7 @@
 """Which neurons belong to a language: counting, selecting, and the files that hold both."""
 
-from lape_fast.identify.counting import CountingFFN, count_activations, count_batch, counting_ffns
+from lape_fast.identify.counting import count_activations
+from lape_fast.identify.counting_ffn import CountingFFN, count_batch, counting_ffns
 from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.identification import count_to_file, identify_neurons
 from lape_fast.identify.masks import export_masks, import_masks

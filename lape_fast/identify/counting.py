@@ -6,7 +6,6 @@ counts depend on nothing outside it, so a run that was interrupted between two g
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import time
@@ -16,23 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_fast.errors import ConfigError, CorpusError
 from lape_fast.files import read_tensors, write_tensors
+from lape_fast.identify.counting_ffn import by_language, count_batch, counting_ffns, set_by_language, zero_counts
 from lape_fast.identify.counts import ActivationCounts
-from lape_fast.models import (
-    FFN,
-    find_ffns,
-    forward_hidden,
-    model_identity,
-    replaced,
-    tokenizer_hash,
-)
-from lape_fast.ops import gated_activation
+from lape_fast.models import model_identity, tokenizer_hash
 from lape_fast.progress import progress_bar
-from lape_fast.text import Corpus, Packed, pack_for_model, tokenize
+from lape_fast.text import Corpus, pack_for_model, tokenize
 
 # Documents are tokenised this many at a time.
 DOCUMENTS_PER_CALL = 256
@@ -44,61 +35,6 @@ class Position:
 
     language: int = 0
     documents: int = 0
-
-
-class CountingFFN(nn.Module):
-    """Computes an FFN through the counting op.
-
-    Args:
-        ffn: the block, in its model.
-        counts: int64 ``[G, F]`` of this layer, added to in place.
-        last: nothing reads the output of the model's last FFN, so its up and down projections are left out.
-    """
-
-    def __init__(self, ffn: FFN, counts: Tensor, last: bool = False):
-        super().__init__()
-        self.ffn = ffn
-        self.counts = counts
-        self.last = last
-        self.language_ids: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        if self.last:
-            gate, up = F.linear(x, self.ffn.gate_weight, self.ffn.gate_bias), None
-        else:
-            gate, up = self.ffn.project(x)
-        # OPT flattens the leading dimensions; the ids follow.
-        language_ids = self.language_ids.view(gate.shape[:-1])
-        h = gated_activation(gate, up, self.ffn.activation, language_ids, self.counts)
-        return x if self.last else self.ffn.project_down(h)
-
-
-@contextlib.contextmanager
-def counting_ffns(model: nn.Module, counts: Tensor, *, skip_last: bool = True) -> Iterator[list[CountingFFN]]:
-    """Within the context the model's FFNs count; set ``language_ids`` of the yielded modules before each forward.
-
-    Args:
-        model: a causal language model of a known architecture.
-        counts: int64 ``[L, G, F]``, added to in place.
-        skip_last: leave out what only the model's output needs; the hidden states are then meaningless.
-    """
-    ffns = find_ffns(model)
-    modules = [
-        CountingFFN(ffn, layer_counts, last=skip_last and ffn is ffns[-1])
-        for ffn, layer_counts in zip(ffns, counts, strict=True)
-    ]
-    with replaced(ffns, modules):
-        yield modules
-
-
-@torch.inference_mode()
-def count_batch(model: nn.Module, modules: Sequence[CountingFFN], packed: Packed) -> None:
-    """Runs the model without its head over one batch of rows, under ``counting_ffns``."""
-    device = modules[0].ffn.gate_weight.device
-    language_ids = packed.language_ids.to(device)
-    for module in modules:
-        module.language_ids = language_ids
-    forward_hidden(model, packed.input_ids.to(device), packed.position_ids.to(device))
 
 
 def count_activations(
@@ -158,7 +94,7 @@ def count_activations(
     empty = [language for language, total in zip(languages, tokens.tolist(), strict=True) if total == 0]
     if empty:
         raise CorpusError(f"There is not one token to count in {', '.join(empty)}; add text or leave them out.")
-    return ActivationCounts(counts.transpose(0, 1).cpu(), tokens, languages, run)
+    return ActivationCounts(by_language(counts), tokens, languages, run)
 
 
 def run_identity(
@@ -243,6 +179,7 @@ def _tokenized(tokenizer, texts: Iterator[str]) -> Iterator[list[int]]:
 
 
 def _start(model: nn.Module, languages: Sequence[str], checkpoint, run: dict[str, Any]):
+    counts = zero_counts(model, len(languages))
     if checkpoint is not None and Path(checkpoint).exists():
         tensors, metadata = read_tensors(checkpoint, "checkpoint")
         changed = differences(run, metadata["run"])
@@ -251,16 +188,15 @@ def _start(model: nn.Module, languages: Sequence[str], checkpoint, run: dict[str
                 f"{checkpoint} holds an interrupted run of another kind ({changed}); resume it with its own settings, "
                 "or choose another output."
             )
-        counts, tokens = tensors["counts"], tensors["tokens"]
+        set_by_language(counts, tensors["counts"])
+        tokens = tensors["tokens"]
         position = Position(**metadata["position"])
     else:
-        shape = (run["layers"], len(languages), run["neurons_per_layer"])
-        counts = torch.zeros(shape, dtype=torch.int64)
         tokens = torch.zeros(len(languages), dtype=torch.int64)
         position = Position()
-    return counts.to(next(model.parameters()).device), tokens, position
+    return counts, tokens, position
 
 
 def _save_checkpoint(path, counts: Tensor, tokens: Tensor, position: Position, run: dict[str, Any]) -> None:
     state = {"run": run, "position": vars(position)}
-    write_tensors(path, "checkpoint", {"counts": counts, "tokens": tokens}, state)
+    write_tensors(path, "checkpoint", {"counts": by_language(counts), "tokens": tokens}, state)

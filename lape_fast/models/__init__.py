@@ -9,6 +9,7 @@ from lape_fast.models.layouts import (
     layout_of,
     replaced,
     supports_packing,
+    without_final_norm,
 )
 from lape_fast.models.loading import load_model, model_identity, tokenizer_hash
 
@@ -24,4 +25,5 @@ __all__ = [
     "replaced",
     "supports_packing",
     "tokenizer_hash",
+    "without_final_norm",
 ]

@@ -23,6 +23,7 @@ class Layout:
     Attributes:
         decoder: path from the model without its head to the module that maps token ids to hidden states.
         layers: path from the decoder to its list of layers.
+        norm: name of the decoder's norm behind its last layer, which a decoder may hold as None.
         replaced: path within a layer to the module that ``FFN.replace`` exchanges.
         gate, up, down: paths within a layer to the projections; up is None in an ungated FFN, and equal to gate
             where one fused projection computes the gate's neurons and then up's.
@@ -38,6 +39,7 @@ class Layout:
 
     decoder: str = ""
     layers: str = "layers"
+    norm: str = "norm"
     replaced: str = "mlp"
     gate: str = "mlp.gate_proj"
     up: str | None = "mlp.up_proj"
@@ -71,6 +73,7 @@ LAYOUTS = {
     # The dropout behind c_proj belongs to the residual stream: only what lies before it is replaced.
     "gpt2": Layout(
         layers="h",
+        norm="ln_f",
         replaced="mlp.c_fc",
         gate="mlp.c_fc",
         up=None,
@@ -80,6 +83,7 @@ LAYOUTS = {
         transposed=True,
     ),
     "gpt_neox": Layout(
+        norm="final_layer_norm",
         replaced="mlp.dense_h_to_4h",
         gate="mlp.dense_h_to_4h",
         up=None,
@@ -89,6 +93,7 @@ LAYOUTS = {
     # OPT's layers have no mlp module, and its attention mask ignores position_ids.
     "opt": Layout(
         decoder="decoder",
+        norm="final_layer_norm",
         replaced="fc1",
         gate="fc1",
         up=None,
@@ -101,6 +106,7 @@ LAYOUTS = {
     # output projection's weight, around the module and without its bias.
     "bloom": Layout(
         layers="h",
+        norm="ln_f",
         replaced="mlp.dense_h_to_4h",
         gate="mlp.dense_h_to_4h",
         up=None,
@@ -259,6 +265,19 @@ def replaced(ffns: Sequence[FFN], modules: Sequence[nn.Module]) -> Iterator[None
             ffn.replace(module)
             installed.callback(ffn.restore)
         yield
+
+
+@contextlib.contextmanager
+def without_final_norm(model: nn.Module) -> Iterator[None]:
+    """Leaves the norm behind the decoder's last layer out inside the ``with`` block; only the head needs it."""
+    base, name = decoder(model), layout_of(model).norm
+    norm = getattr(base, name)
+    if norm is not None:
+        setattr(base, name, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(base, name, norm)
 
 
 class FFN:

@@ -1,0 +1,90 @@
+"""FFNs that count: what a model computes its feed-forward networks by while its text is counted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lape_fast.models import FFN, find_ffns, forward_hidden, replaced, without_final_norm
+from lape_fast.ops import gated_activation
+from lape_fast.text import Packed
+
+
+class CountingFFN(nn.Module):
+    """Computes an FFN through the counting op.
+
+    Args:
+        ffn: the block, in its model.
+        counts: int64 ``[1, G, F]`` of this layer, added to in place.
+        last: nothing reads the output of the model's last FFN, so its up and down projections are left out.
+    """
+
+    def __init__(self, ffn: FFN, counts: Tensor, last: bool = False):
+        super().__init__()
+        self.ffn = ffn
+        self.counts = counts
+        self.last = last
+        self.language_ids: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
+        if self.last:
+            gate, up = F.linear(x, self.ffn.gate_weight, self.ffn.gate_bias), None
+        else:
+            gate, up = self.ffn.project(x)
+        # OPT flattens the leading dimensions; the ids follow.
+        language_ids = self.language_ids.view(gate.shape[:-1])
+        h = gated_activation(gate, up, self.ffn.activation, language_ids, self.counts[0])
+        return x if self.last else self.ffn.project_down(h)
+
+
+@contextlib.contextmanager
+def counting_ffns(model: nn.Module, counts: Tensor, *, skip_last: bool = True) -> Iterator[list[CountingFFN]]:
+    """Within the context the model's FFNs count; set ``language_ids`` of the yielded modules before each forward.
+
+    Args:
+        model: a causal language model of a known architecture.
+        counts: int64 ``[L, E, G, F]`` as ``zero_counts`` makes them, added to in place.
+        skip_last: leave out what only the model's output needs: the last layer's up and down projections and the
+            decoder's final norm. The hidden states are then meaningless.
+    """
+    ffns = find_ffns(model)
+    modules = [
+        CountingFFN(ffn, layer_counts, last=skip_last and ffn is ffns[-1])
+        for ffn, layer_counts in zip(ffns, counts, strict=True)
+    ]
+    with replaced(ffns, modules), without_final_norm(model) if skip_last else contextlib.nullcontext():
+        yield modules
+
+
+@torch.inference_mode()
+def count_batch(model: nn.Module, modules: Sequence[CountingFFN], packed: Packed) -> None:
+    """Runs the model without its head over one batch of rows, under ``counting_ffns``."""
+    device = modules[0].counts.device
+    language_ids = packed.language_ids.to(device)
+    for module in modules:
+        module.language_ids = language_ids
+    forward_hidden(model, packed.input_ids.to(device), packed.position_ids.to(device))
+
+
+def zero_counts(model: nn.Module, languages: int) -> Tensor:
+    """A buffer to count into: int64 ``[L, E, G, F]`` on the model's device, with E = 1 expert in a dense FFN."""
+    ffns = find_ffns(model)
+    shape = (len(ffns), 1, languages, ffns[0].neurons)
+    return torch.zeros(shape, dtype=torch.int64, device=next(model.parameters()).device)
+
+
+def by_language(counts: Tensor) -> Tensor:
+    """A counting buffer as files hold it: int64 ``[G, L, E * F]`` on the CPU, a copy."""
+    layers, experts, languages, neurons = counts.shape
+    values = torch.empty(languages, layers, experts, neurons, dtype=counts.dtype)
+    return values.copy_(counts.cpu().permute(2, 0, 1, 3)).view(languages, layers, experts * neurons)
+
+
+def set_by_language(counts: Tensor, values: Tensor) -> None:
+    """The inverse of ``by_language``: writes int64 ``[G, L, E * F]`` into a counting buffer."""
+    layers, experts, languages, neurons = counts.shape
+    counts.copy_(values.view(languages, layers, experts, neurons).permute(1, 2, 0, 3))
