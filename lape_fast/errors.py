@@ -51,3 +51,7 @@ class ConfigError(LapeFastError, ValueError):
 
 class WorkerError(LapeFastError, RuntimeError):
     """A process that helped this one ended without a result."""
+
+
+class StoppedError(LapeFastError, RuntimeError):
+    """A run was asked to stop; what it had done is saved."""

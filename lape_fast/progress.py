@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 _showing = False
 
-# advance(steps, units): steps move the bar, units (tokens) give the rate.
-Advance = Callable[[float, int], None]
+# advance(steps, units, note): steps move the bar, units (tokens) give the rate, the note stands behind it.
+Advance = Callable[..., None]
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def progress_bar(description: str, total: float, unit: str = "tok") -> Iterator[
     """
     global _showing
     if _showing or not sys.stderr.isatty():
-        yield lambda steps, units=0: None
+        yield lambda steps, units=0, note="": None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -36,18 +36,19 @@ def progress_bar(description: str, total: float, unit: str = "tok") -> Iterator[
         TaskProgressColumn(),
         TextColumn(f"{{task.fields[rate]:,.0f}} {unit}/s"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     _showing = True
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(description, total=total, rate=0.0)
+            task = bar.add_task(description, total=total, rate=0.0, note="")
             units_done = 0
 
-            def advance(steps: float, units: int = 0) -> None:
+            def advance(steps: float, units: int = 0, note: str = "") -> None:
                 nonlocal units_done
                 units_done += units
                 elapsed = bar.tasks[0].elapsed or 0.0
-                bar.update(task, advance=steps, rate=units_done / elapsed if elapsed else 0.0)
+                bar.update(task, advance=steps, rate=units_done / elapsed if elapsed else 0.0, note=note)
 
             yield advance
     finally:

@@ -23,6 +23,9 @@ QUEUES = 64
 # A language of a few thousand tokens still has chunks for both halves.
 CHUNK_TOKENS = 1024
 
+# Languages are checked for stability at this many tokens, and then whenever they have half as many again.
+FIRST_ROUND_TOKENS, ROUND_GROWTH = 16384, 1.5
+
 # Documents are tokenised this many at a time.
 DOCUMENTS_PER_CALL = 64
 
@@ -40,6 +43,7 @@ class CountingSettings:
         until_stable: a language stops once the neurons of its two halves agree to this Jaccard index; None never.
         rule: how the neurons are selected whose stability is measured.
         skip_bad_files: go on behind a damaged file, instead of stopping there.
+        part, parts: count only one part of all text, from 1; separate jobs count the others, to be merged.
 
     Raises:
         ConfigError: a value out of range.
@@ -56,6 +60,8 @@ class CountingSettings:
     until_stable: float | None = None
     rule: str = "lape"
     skip_bad_files: bool = False
+    part: int = 1
+    parts: int = 1
 
     def __post_init__(self) -> None:
         for name, least in (("context_length", 2), ("batch_tokens", 1), ("shards_per_language", 1)):
@@ -67,6 +73,23 @@ class CountingSettings:
             raise ConfigError(
                 f"`until_stable` is {self.until_stable}; it is a Jaccard index above 0 and at most 1, such as 0.95."
             )
+
+        if not 1 <= self.part <= self.parts <= QUEUES:
+            raise ConfigError(
+                f"The part {self.part} of {self.parts} does not exist; number the parts from 1, and make at most {QUEUES}."
+            )
+        if self.parts > 1 and self.until_stable is not None:
+            raise ConfigError(
+                "Stability is judged on all languages together, and a part has only some; leave out `until_stable`, or "
+                "count with one run of several processes."
+            )
+
+    def round_target(self, number: int) -> float:
+        """The tokens per language at which a round ends, when languages are checked for stability."""
+        budget = math.inf if self.tokens_per_language is None else self.tokens_per_language
+        if self.until_stable is None:
+            return budget
+        return min(budget, math.floor(FIRST_ROUND_TOKENS * ROUND_GROWTH**number))
 
     def target(self, tokens: float) -> float:
         """The tokens at which each shard stops so that a language has ``tokens``."""

@@ -1,202 +1,316 @@
-"""The counting loop: one streaming pass over the text of many languages, counting how often each neuron fires.
-
-The text is cut into groups: runs of documents in the corpus's own order, packed into rows by themselves. A group's
-counts depend on nothing outside it, so a run that was interrupted between two groups resumes to the same counts.
-"""
+"""The counting loop: one pass over the text of all languages, which may be stopped, resumed and shared at any time."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import functools
+import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-from lape_fast.errors import ConfigError, CorpusError
-from lape_fast.files import read_tensors, write_tensors
+from lape_fast.errors import CorpusError, StoppedError
+from lape_fast.identify.checkpoints import Checkpoints
+from lape_fast.identify.chunks import CountingSettings, Group, Position, Shard, queues, read_groups
 from lape_fast.identify.counting_ffn import by_language, count_batch, counting_ffns, set_by_language, zero_counts
 from lape_fast.identify.counts import ActivationCounts
+from lape_fast.identify.distributed import World
+from lape_fast.identify.prefetch import prefetch
+from lape_fast.identify.stability import is_stable, measure_stability
 from lape_fast.models import model_identity, tokenizer_hash
 from lape_fast.progress import progress_bar
-from lape_fast.text import Corpus, pack_for_model, tokenize
+from lape_fast.text import Corpus, Packed, pack_for_model
 
-# Documents are tokenised this many at a time.
-DOCUMENTS_PER_CALL = 256
-
-
-@dataclass
-class Position:
-    """Where a counting run stands: languages before ``language`` are done, and ``documents`` of that one."""
-
-    language: int = 0
-    documents: int = 0
+# What a process without text of its own runs while a sharded model's others need it: one token, not counted.
+NOTHING = Packed(
+    torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), -torch.ones(1, 1, dtype=torch.int32)
+)
 
 
 def count_activations(
     model: nn.Module,
     tokenizer,
     corpus: Corpus,
+    settings: CountingSettings | None = None,
     *,
-    context_length: int = 4096,
-    batch_tokens: int = 16384,
-    tokens_per_language: int | None = None,
     checkpoint: str | os.PathLike | None = None,
-    checkpoint_seconds: float = 60.0,
+    checkpoint_seconds: float = 300.0,
+    workers: int | None = None,
+    world: World | None = None,
 ) -> ActivationCounts:
     """Counts, for every language of a corpus, the tokens on which each FFN neuron of a model fires.
+
+    The counts depend on the model, its tokenizer, the corpus and the settings: neither on how many processes share the
+    work nor on how often they were stopped. (How a sum is rounded depends on the hardware and the number of threads,
+    and a gate that is zero but for rounding may fire on one machine and not on another.)
 
     Args:
         model: a causal language model of a known architecture, in eval mode.
         tokenizer: its tokenizer.
         corpus: what ``open_corpus`` returned; all its languages are counted.
-        context_length: tokens per row.
-        batch_tokens: about how many tokens the model sees at a time.
-        tokens_per_language: stop a language after the document that reaches this many tokens.
-        checkpoint: a file that the run is saved to now and then, and resumed from when it exists.
+        settings: see ``CountingSettings``.
+        checkpoint: a folder that the run is saved to now and then, and resumed from when it exists.
         checkpoint_seconds: how often.
+        workers: processes that read and tokenise ahead; None takes as many as the machine has to spare, 0 none.
+        world: the processes that share the work, from ``joined_world``; each returns all counts.
 
     Returns:
-        The counts, with the identities of model, tokenizer and corpus in their metadata.
+        The counts with their halves. The metadata say what they were made from, how stable each language is (see
+        ``measure_stability``) and why it ended, what was skipped, and how fast it went.
 
     Raises:
-        CorpusError: a language has no tokens.
         ConfigError: the checkpoint belongs to another run.
+        CorpusError: text that cannot be read, or no text at all.
+        StoppedError: SIGINT or SIGTERM arrived; the checkpoint is written.
 
     Example:
         >>> model, tokenizer = load_model("meta-llama/Llama-3.1-8B")
         >>> counts = count_activations(model, tokenizer, open_corpus("texts/"))
         >>> counts.save("counts.safetensors")
     """
-    context_length = fit_context(model, context_length)
-    run = run_identity(model, tokenizer, corpus, context_length, batch_tokens, tokens_per_language)
-    languages = corpus.languages
-    counts, tokens, position = _start(model, languages, checkpoint, run)
-    saved = time.monotonic()
-    with counting_ffns(model, counts) as modules, progress_bar("counting", len(languages)) as advance:
-        advance(position.language)
-        for group in _groups(tokenizer, corpus, position, batch_tokens, tokens_per_language, tokens):
-            languages_of = [group.language] * len(group.documents)
-            packed = pack_for_model(model, tokenizer, group.documents, languages_of, context_length)
-            if len(packed.input_ids):
-                count_batch(model, modules, packed)
-            counted = int((packed.language_ids >= 0).sum())
-            tokens[group.language] += counted
-            advance(group.after.language - position.language, counted)
-            position = group.after
-            if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
-                _save_checkpoint(checkpoint, counts, tokens, position, run)
-                saved = time.monotonic()
-    empty = [language for language, total in zip(languages, tokens.tolist(), strict=True) if total == 0]
-    if empty:
-        raise CorpusError(f"There is not one token to count in {', '.join(empty)}; add text or leave them out.")
-    return ActivationCounts(by_language(counts), tokens, languages, run)
+    settings = fit_settings(model, settings or CountingSettings())
+    run = _Run(model, tokenizer, corpus, settings, checkpoint, workers, world or World())
+    with counting_ffns(model, run.counts) as modules, progress_bar("counting", run.shards) as advance:
+        with _stop_signals(catch=checkpoint is not None) as stop:
+            while True:
+                run.count_round(modules, advance, stop, checkpoint_seconds)
+                if not run.begin_round():
+                    break
+    return run.result()
 
 
-def run_identity(
-    model: nn.Module,
-    tokenizer,
-    corpus: Corpus,
-    context_length: int,
-    batch_tokens: int,
-    tokens_per_language: int | None,
-) -> dict[str, Any]:
+def run_identity(model: nn.Module, tokenizer, corpus: Corpus, settings: CountingSettings) -> dict[str, Any]:
     """Everything that decides the counts, as JSON values: two runs with the same identity count the same."""
     return {
         **model_identity(model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "corpus": corpus.describe(),
-        "context_length": context_length,
-        "batch_tokens": batch_tokens,
-        "tokens_per_language": tokens_per_language,
+        **asdict(settings),
     }
 
 
-def differences(run: dict[str, Any], earlier: dict[str, Any]) -> str:
-    """What differs between a run's identity and an earlier one's, in words; empty if nothing does."""
-    return "; ".join(
-        f"{name} was {_in_words(earlier.get(name))} and is {_in_words(value)}"
-        for name, value in run.items()
-        if _compared(earlier.get(name)) != _compared(value)
-    )
-
-
-def _compared(value: Any) -> Any:
-    # A corpus is the same under another path: its fingerprint covers files, sizes, lines and languages.
-    return value.get("fingerprint") if isinstance(value, dict) else value
-
-
-def _in_words(value: Any) -> str:
-    described = f"{value.get('spec')} ({str(value.get('fingerprint'))[:12]})" if isinstance(value, dict) else str(value)
-    return described if len(described) <= 100 else described[:97] + "..."
-
-
-def fit_context(model: nn.Module, context_length: int) -> int:
-    """The row length to use: no longer than the model's positions reach."""
+def fit_settings(model: nn.Module, settings: CountingSettings) -> CountingSettings:
+    """The settings with rows no longer than the model's positions reach."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(context_length, positions or context_length)
+    return replace(settings, context_length=min(settings.context_length, positions or settings.context_length))
 
 
-@dataclass
-class _Group:
-    language: int
-    documents: list[list[int]]
-    after: Position
+class _Run:
+    """One process's part of a counting run, from wherever it stands."""
+
+    def __init__(self, model, tokenizer, corpus, settings, checkpoint, workers, world) -> None:
+        self.corpus, self.settings, self.world = corpus, settings, world
+        self.identity = run_identity(model, tokenizer, corpus, settings)
+        self.model = model
+        self.sharded = isinstance(next(model.parameters()), DTensor)
+        self.dealt = queues(corpus.languages, settings.shards_per_language)[settings.part - 1 :: settings.parts]
+        self.queues = [queue for queue in self.dealt[world.rank :: world.size] if queue]
+        self.shards = sum(map(len, self.queues))
+        self.workers = _spare_processes() if workers is None else workers
+        pack = functools.partial(pack_for_model, model, tokenizer, context_length=settings.context_length)
+        self.read = functools.partial(read_groups, pack, tokenizer, corpus, settings)
+        self.checkpoints = Checkpoints(checkpoint, self.identity, world)
+        self.progress, saved = self.checkpoints.load()
+        # Language 2g + h is half h of language g.
+        self.counts = zero_counts(model, 2 * len(corpus.languages))
+        self.tokens = saved.get("tokens", torch.zeros(2 * len(corpus.languages), dtype=torch.int64))
+        if "counts" in saved:
+            set_by_language(self.counts, saved["counts"])
+        self.counted = 0
+        self.seconds = self.waited = 0.0
+        self.shown = 0.0
+
+    def count_round(self, modules: list, advance: Callable, stop: _Stop, checkpoint_seconds: float) -> None:
+        """Counts this process's queues up to the target of the round."""
+        targets = self._targets()
+        busy = [queue for queue in self.queues if any(str(shard) in targets for shard in queue)]
+        workers = min(self.workers, len(busy))
+
+        def produce(worker: int) -> Iterator[Group]:
+            for queue in busy[worker :: max(1, workers)]:
+                yield from self.read(queue, self.progress.positions, targets)
+
+        self._show(advance)
+        begun = saved = time.monotonic()
+        for packed, finished in self._steps(prefetch(produce, workers)):
+            if packed is not None:
+                count_batch(self.model, modules, packed)
+                self.tokens += torch.bincount(packed.language_ids[packed.language_ids >= 0], minlength=len(self.tokens))
+                self.counted += int((packed.language_ids >= 0).sum())
+            self.seconds += time.monotonic() - begun
+            begun = time.monotonic()
+            if finished is None:
+                continue
+            self.progress.positions.update(finished.positions)
+            self._show(advance)
+            if stop.asked or time.monotonic() - saved >= checkpoint_seconds:
+                self._save()
+                saved = time.monotonic()
+            if stop.asked:
+                raise StoppedError(
+                    f"The run was asked to stop, and is saved in {self.checkpoints.folder}; the same command goes on "
+                    "from there."
+                )
+
+    def begin_round(self) -> bool:
+        """Decides which languages have had enough text, and whether any other has more; all processes alike."""
+        threshold = self.settings.until_stable
+        if threshold is None:
+            return False
+        # Every process has saved the whole round before any saves the next one, and the next one before any goes on:
+        # processes that are killed in between agree on the round that they resume.
+        self._save()
+        self.world.wait()
+        measured = measure_stability(self._total(), self.settings.rule)
+        self.progress.stopped = [code for code, values in measured.items() if is_stable(values, threshold)]
+        reached = self.settings.round_target(self.progress.round)
+        budget = self.settings.tokens_per_language or math.inf
+        self.progress.round += 1
+        self._save()
+        return any(self.world.gather(reached < budget and bool(self._targets())))
+
+    def result(self) -> ActivationCounts:
+        """The counts of all processes, with everything that is known about them."""
+        counts = self._total()
+        if not counts.tokens.any():
+            raise CorpusError(f"There is not one token to count in {self.corpus.name}; give it text.")
+        positions = {name: each for known in self.world.gather(self._own_positions()) for name, each in known.items()}
+        speed = [sum(values) for values in zip(*self.world.gather((self.counted, self.waited)), strict=True)]
+        seconds = max(self.world.gather(self.seconds))
+        counts.metadata |= {
+            "stability": {
+                language: {**measured, "ended": self._ending(language, positions)}
+                for language, measured in measure_stability(counts, self.settings.rule).items()
+            },
+            "skipped_files": sorted({bad for position in positions.values() for bad in position.bad_files}),
+            "speed": {
+                "seconds": round(seconds, 3),
+                "tokens_per_s": round(speed[0] / seconds, 1) if seconds else None,
+                "waited_share": round(speed[1] / (seconds * self.world.size), 4) if seconds else None,
+            },
+        }
+        return counts
+
+    def _targets(self) -> dict[str, float]:
+        """The tokens at which each of this process's shards stops in this round, for those that go on."""
+        target = self.settings.target(self.settings.round_target(self.progress.round))
+        return {
+            str(shard): target
+            for queue in self.queues
+            for shard in queue
+            if shard.language not in self.progress.stopped and not self._is_over(shard, target)
+        }
+
+    def _is_over(self, shard: Shard, target: float) -> bool:
+        position = self.progress.positions.get(str(shard), Position())
+        return position.ended or position.tokens >= target
+
+    def _steps(self, groups: Iterable[Group]) -> Iterator[tuple[Packed | None, Group | None]]:
+        """Batches in order, each with the group that it ends; a sharded model's processes take the same number."""
+        steps = self._own_steps(groups)
+        if not self.sharded:
+            yield from steps
+            return
+        while True:
+            step = next(steps, None)
+            if not any(self.world.gather(step is not None)):
+                return
+            packed, finished = step or (None, None)
+            yield packed or NOTHING, finished
+
+    def _own_steps(self, groups: Iterable[Group]) -> Iterator[tuple[Packed | None, Group | None]]:
+        groups = iter(groups)
+        while True:
+            begun = time.monotonic()
+            group = next(groups, None)
+            self.waited += time.monotonic() - begun
+            if group is None:
+                return
+            *first, last = list(group.packed.batches(self.settings.batch_tokens)) or [None]
+            for packed in first:
+                yield packed, None
+            yield last, group
+
+    def _show(self, advance: Callable) -> None:
+        """Moves the bar: a shard counts by its share of the budget, or once it has ended."""
+        target = self.settings.target(self.settings.tokens_per_language or math.inf)
+        done = 0.0
+        for queue in self.queues:
+            for shard in queue:
+                position = self.progress.positions.get(str(shard), Position())
+                over = position.ended or shard.language in self.progress.stopped
+                done += 1.0 if over else min(1.0, position.tokens / target)
+        waited = f"waited for text {self.waited / self.seconds:.0%} of the time" if self.seconds else ""
+        advance(done - self.shown, 0, waited)
+        self.shown = done
+
+    def _save(self) -> None:
+        if self.checkpoints.folder is not None:
+            self.checkpoints.save(self.progress, {"counts": by_language(self.counts), "tokens": self.tokens})
+
+    def _total(self) -> ActivationCounts:
+        """The counts of all processes."""
+        several = self.world.size > 1
+        positive = by_language(self.world.sum(self.counts.clone()) if several else self.counts)
+        tokens = self.world.sum(self.tokens.clone().to(self.counts.device)).cpu() if several else self.tokens.clone()
+        first = positive[0::2].contiguous()
+        positive = first + positive[1::2]
+        counts = ActivationCounts(
+            positive, tokens[0::2] + tokens[1::2], self.corpus.languages, self.identity, first, tokens[0::2]
+        )
+        mine = {shard.language for queue in self.dealt for shard in queue}
+        return counts if len(mine) == len(counts.languages) else counts.restrict(sorted(mine))
+
+    def _own_positions(self) -> dict[str, Position]:
+        names = [str(shard) for queue in self.queues for shard in queue]
+        return {name: self.progress.positions.get(name, Position()) for name in names}
+
+    def _ending(self, language: str, positions: dict[str, Position]) -> str:
+        if self.settings.until_stable is not None and language in self.progress.stopped:
+            return "stable"
+        shards = [position for name, position in positions.items() if name.rpartition("/")[0] == language]
+        return "text" if all(position.ended for position in shards) else "budget"
 
 
-def _groups(
-    tokenizer, corpus: Corpus, start: Position, batch_tokens: int, tokens_per_language: int | None, tokens: Tensor
-) -> Iterator[_Group]:
-    """Cuts the corpus into runs of documents of one language, of about ``batch_tokens`` tokens each.
+class _Stop:
+    """Whether the run was asked to stop."""
 
-    ``tokens`` are those counted so far per language; the caller adds a group's before it asks for the next.
-    """
-    for language in range(start.language, len(corpus.languages)):
-        done = start.documents if language == start.language else 0
-        texts = itertools.islice(corpus.documents(corpus.languages[language]), done, None)
-        documents, size = [], 0
-        for ids in _tokenized(tokenizer, texts):
-            documents.append(ids)
-            size += len(ids)
-            budget = None if tokens_per_language is None else tokens_per_language - int(tokens[language])
-            if budget is not None and size >= budget:
-                break
-            if size >= batch_tokens:
-                done += len(documents)
-                yield _Group(language, documents, Position(language, done))
-                documents, size = [], 0
-        yield _Group(language, documents, Position(language + 1, 0))
+    asked = False
 
 
-def _tokenized(tokenizer, texts: Iterator[str]) -> Iterator[list[int]]:
-    while batch := list(itertools.islice(texts, DOCUMENTS_PER_CALL)):
-        yield from tokenize(tokenizer, batch)
+@contextlib.contextmanager
+def _stop_signals(catch: bool) -> Iterator[_Stop]:
+    """Within the context the first SIGINT or SIGTERM only asks to stop; a second one does what it always does."""
+    stop = _Stop()
+    # Python lets only the main thread set handlers.
+    if not catch or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame) -> None:
+        stop.asked = True
+        signal.signal(number, earlier[number])
+
+    earlier = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
-def _start(model: nn.Module, languages: Sequence[str], checkpoint, run: dict[str, Any]):
-    counts = zero_counts(model, len(languages))
-    if checkpoint is not None and Path(checkpoint).exists():
-        tensors, metadata = read_tensors(checkpoint, "checkpoint")
-        changed = differences(run, metadata["run"])
-        if changed:
-            raise ConfigError(
-                f"{checkpoint} holds an interrupted run of another kind ({changed}); resume it with its own settings, "
-                "or choose another output."
-            )
-        set_by_language(counts, tensors["counts"])
-        tokens = tensors["tokens"]
-        position = Position(**metadata["position"])
-    else:
-        tokens = torch.zeros(len(languages), dtype=torch.int64)
-        position = Position()
-    return counts, tokens, position
-
-
-def _save_checkpoint(path, counts: Tensor, tokens: Tensor, position: Position, run: dict[str, Any]) -> None:
-    state = {"run": run, "position": vars(position)}
-    write_tensors(path, "checkpoint", {"counts": by_language(counts), "tokens": tokens}, state)
+def _spare_processes() -> int:
+    """Processes that may prepare text: a few, among those that share the machine."""
+    if not hasattr(os, "fork"):
+        return 0
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(4, (os.cpu_count() or 1) // (2 * here)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ def prefetch(produce: Callable[[int], Iterator[Item]], workers: int) -> Iterator
         while running:
             for receiver in connection.wait(list(running)):
                 try:
-                    kind, value = receiver.recv()
+                    kind, value = pickle.loads(receiver.recv_bytes())
                 except EOFError as error:
                     raise WorkerError(
                         f"A process that reads and tokenises text died (exit code {_exit_code(running[receiver])}), "
@@ -78,11 +79,16 @@ def _work(produce: Callable[[int], Iterator], worker: int, receiver: connection.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         for item in produce(worker):
-            sender.send(("item", item))
-        sender.send(("end", None))
+            _send(sender, "item", item)
+        _send(sender, "end", None)
     except BrokenPipeError:
         pass
     except Exception as error:
         if not isinstance(error, LapeFastError):
             error.add_note(traceback.format_exc())
-        sender.send(("error", error))
+        _send(sender, "error", error)
+
+
+def _send(sender: connection.Connection, kind: str, value) -> None:
+    # Pickled here: the pipe's own pickler would pass tensors by shared memory, which dies with the worker.
+    sender.send_bytes(pickle.dumps((kind, value)))
