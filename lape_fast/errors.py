@@ -21,6 +21,10 @@ class CorpusError(LapeFastError, ValueError):
     """A corpus is missing, empty, undecodable or lacks a language."""
 
 
+class DamagedFileError(CorpusError):
+    """A text file is cut off, undecodable or not in its format; a stream of documents can skip it."""
+
+
 class LanguageError(LapeFastError, KeyError):
     """A language code is unknown, or absent from the file that was asked for it."""
 

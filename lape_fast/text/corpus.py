@@ -1,18 +1,22 @@
-"""Corpora: named collections of documents by language, read lazily from files, the hub or Babel's CLDR data."""
+"""Corpora: collections of documents by language, read lazily from files, the hub or Babel's CLDR data."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lape_fast.errors import CorpusError, LanguageError
 from lape_fast.files import json_hash
-from lape_fast.text import cldr, hub
-from lape_fast.text.languages import canonical, is_language, language_name, nearest
-from lape_fast.text.records import LineRange, read_documents, split_name
+from lape_fast.text import cldr
+from lape_fast.text.folder import folder_source
+from lape_fast.text.hub import hub_source
+from lape_fast.text.languages import canonical, language_name, nearest
+from lape_fast.text.records import LineRange
+from lape_fast.text.streams import DocumentStream, LocalPart, Part, Source
 
 BUILT_IN = "cldr"
 
@@ -20,7 +24,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def open_corpus(
-    spec: str | os.PathLike | Sequence[str],
+    spec: str | os.PathLike | Sequence[str | os.PathLike],
     *,
     lines: str | None = None,
     languages: Iterable[str] | None = None,
@@ -31,10 +35,10 @@ def open_corpus(
     Args:
         spec: ``cldr`` for the built-in corpus; a folder, read recursively, whose files are named by language code
             (``mlt_Latn.txt``, ``mt.jsonl.gz``); one such file; or the hub id of a data set with one configuration
-            a language.
+            a language. Of several in a list, a language's text is that of each in turn.
         lines: a range such as ``1-1597``, counted from 1, of the lines or records of each file (of each language in
             the built-in corpus and on the hub).
-        languages: the codes to keep, in any style; None keeps all.
+        languages: the codes to keep, in any style; None keeps all. Each must be in one of the corpora at least.
         text_column: the field of the text in jsonl, parquet and hub records; None means ``text``, else ``content``.
 
     Raises:
@@ -45,34 +49,12 @@ def open_corpus(
         >>> corpus = open_corpus("texts/", lines="1-1597", languages=["mt", "cy"])
         >>> next(corpus.documents("mlt_Latn"))
     """
-    if not isinstance(spec, (str, os.PathLike)):
-        (spec,) = spec
+    specs = [spec] if isinstance(spec, (str, os.PathLike)) else list(spec)
+    if not specs:
+        raise CorpusError(f"No corpus was named; name a folder, a file, a hub id, or '{BUILT_IN}'.")
     line_range = LineRange.parse(lines)
-    path = Path(spec).expanduser()
-    if str(spec) == BUILT_IN:
-        return _built_in_corpus(line_range, languages)
-    if path.exists():
-        return _file_corpus(path, line_range, languages, text_column)
-    if isinstance(spec, str) and _HUB_ID.fullmatch(spec):
-        return hub_corpus(spec, line_range, languages, text_column)
-    raise CorpusError(
-        f"The corpus {str(spec)!r} does not exist; name a folder, a file, a hub id like 'owner/name', or '{BUILT_IN}' "
-        "for the built-in text."
-    )
-
-
-def hub_corpus(name: str, lines: LineRange, languages: Iterable[str] | None, text_column: str | None) -> Corpus:
-    """A corpus streamed from the hub, or from the folder of a data set; arguments as for ``open_corpus``."""
-    configurations = hub.hub_configurations(name)
-    kept = _choose(languages, configurations, name)
-
-    def reader(configuration: str) -> Callable[[], Iterator[str]]:
-        source = f"{name} ({configuration})"
-        return lambda: hub.streamed_documents(hub.open_stream(name, configuration), lines, text_column, source)
-
-    readers = {language: reader(configurations[language]) for language in kept}
-    revision = hub.hub_revision(name, configurations[kept[0]])
-    return Corpus(name, readers, lines=lines, text_column=text_column, content=revision)
+    sources = [_find_source(each, line_range, text_column) for each in specs]
+    return Corpus(sources, lines=line_range, languages=languages, text_column=text_column)
 
 
 class Corpus:
@@ -86,26 +68,28 @@ class Corpus:
 
     def __init__(
         self,
-        name: str,
-        readers: Mapping[str, Callable[[], Iterator[str]]],
+        sources: Sequence[Source],
         *,
         lines: LineRange,
-        content: Any,
+        languages: Iterable[str] | None = None,
         text_column: str | None = None,
-        ignored: Sequence[str] = (),
     ) -> None:
         """
         Args:
-            readers: canonical code -> a function that starts reading that language's documents.
-            content: JSON that changes when the text changes; only its hash is kept.
+            sources: where the text comes from, in order.
+
+        The other arguments are those of ``open_corpus``, which the sources were opened with too.
         """
-        self.name = name
-        self.languages = sorted(readers)
-        self.ignored = list(ignored)
-        self._readers = dict(readers)
+        self.name = " + ".join(source.name for source in sources)
+        available = sorted({language for source in sources for language in source.languages})
+        self.languages = _choose(languages, available, self.name)
+        self.ignored = [file for source in sources for file in source.ignored]
         self._lines = lines
         self._text_column = text_column
-        self._content = content
+        self._parts = {language: _parts_of(language, sources, self.name) for language in self.languages}
+        self._content = [
+            source.content([each for each in self.languages if each in source.languages]) for source in sources
+        ]
 
     def documents(self, language: str) -> Iterator[str]:
         """The documents of one language, from the first, none of them blank.
@@ -113,16 +97,46 @@ class Corpus:
         Raises:
             CorpusError: the corpus lacks the language, or holds no document of it in the chosen lines.
         """
-        (language,) = _choose([language], self._readers, self.name)
+        stream = self.stream(language)
         empty = True
-        for document in self._readers[language]():
+        for document in stream:
             empty = False
             yield document
         if empty:
             raise CorpusError(
-                f"{language} ({language_name(language)}) has no documents in lines {self._lines} of {self.name}; "
-                "give it text, choose other lines, or leave the language out."
+                f"{stream.language} ({language_name(stream.language)}) has no documents in lines {self._lines} of "
+                f"{self.name}; give it text, choose other lines, or leave the language out."
             )
+
+    def stream(
+        self,
+        language: str,
+        *,
+        shard: int = 0,
+        shards: int = 1,
+        seed: int | None = None,
+        skip_bad_files: bool = False,
+    ) -> DocumentStream:
+        """The documents of one shard of a language, as a stream that can be stopped and resumed.
+
+        Args:
+            shard: which of the ``shards``, counted from 0; together they hold every document once.
+            seed: shuffles the shard in blocks; None leaves the order of the corpus.
+            skip_bad_files: goes on behind a damaged file of this machine, and names it in ``stream.bad_files``.
+
+        Raises:
+            CorpusError: the corpus lacks the language; while reading, a file is damaged or lacks the text column.
+            ConfigError: no such shard.
+
+        Example:
+            >>> stream = corpus.stream("mlt_Latn", shard=0, shards=8, seed=1)
+            >>> first = next(stream)
+            >>> resumed = corpus.stream("mlt_Latn", shard=0, shards=8, seed=1)
+            >>> resumed.restore(stream.state())
+        """
+        (language,) = _choose([language], self._parts, self.name)
+        parts = self._parts[language]
+        return DocumentStream(language, parts, shard=shard, shards=shards, seed=seed, skip_bad_files=skip_bad_files)
 
     def describe(self) -> dict[str, Any]:
         """JSON for the metadata of files made from this corpus.
@@ -134,76 +148,39 @@ class Corpus:
         return {"spec": self.name, **choice, "fingerprint": json_hash({**choice, "content": self._content})}
 
 
-def _built_in_corpus(lines: LineRange, languages: Iterable[str] | None) -> Corpus:
-    def reader(language: str) -> Callable[[], Iterator[str]]:
-        return lambda: cldr.cldr_documents(language, lines.first, lines.last)
+def _find_source(spec: str | os.PathLike, lines: LineRange, text_column: str | None) -> Source:
+    path = Path(spec).expanduser()
+    if str(spec) == BUILT_IN:
+        return _built_in_source(lines)
+    if path.exists():
+        return folder_source(path, lines, text_column)
+    if isinstance(spec, str) and _HUB_ID.fullmatch(spec):
+        return hub_source(spec, lines, text_column)
+    raise CorpusError(
+        f"The corpus {str(spec)!r} does not exist; name a folder, a file, a hub id like 'owner/name', or '{BUILT_IN}' "
+        "for the built-in text."
+    )
 
-    readers = {language: reader(language) for language in _choose(languages, cldr.cldr_languages(), BUILT_IN)}
-    return Corpus(BUILT_IN, readers, lines=lines, content=cldr.cldr_version())
+
+def _built_in_source(lines: LineRange) -> Source:
+    def parts(language: str) -> list[LocalPart]:
+        return [LocalPart(functools.partial(_composed_from, language, lines))]
+
+    return Source(BUILT_IN, cldr.cldr_languages(), parts, lambda languages: cldr.cldr_version())
 
 
-def _file_corpus(path: Path, lines: LineRange, languages: Iterable[str] | None, text_column: str | None) -> Corpus:
-    files, ignored = _language_files(path)
-    if not files:
-        left_out = f" It holds only: {'; '.join(ignored[:5])}." if ignored else ""
+def _composed_from(language: str, lines: LineRange, start: int) -> Iterator[str]:
+    return cldr.cldr_documents(language, lines.first + start, lines.last)
+
+
+def _parts_of(language: str, sources: Sequence[Source], corpus: str) -> list[Part]:
+    parts = [part for source in sources if language in source.languages for part in source.parts(language)]
+    if not parts:
         raise CorpusError(
-            f"{path} holds no text in any language; put one .txt, .jsonl or .parquet file a language there, "
-            f"named by its code, such as mlt_Latn.txt.{left_out}"
+            f"{language} ({language_name(language)}) has no documents: every file of it in {corpus} is empty; "
+            "fill or remove them, or leave the language out."
         )
-    kept = _choose(languages, files, str(path))
-    for language in kept:
-        if not any(_size(file) for file in files[language]):
-            names = ", ".join(str(file) for file in files[language])
-            raise CorpusError(
-                f"{language} ({language_name(language)}) has no documents: {names} is empty; "
-                "fill it, remove it, or leave the language out."
-            )
-
-    def reader(language: str) -> Callable[[], Iterator[str]]:
-        return lambda: (text for file in files[language] for text in read_documents(file, lines, text_column))
-
-    root = path if path.is_dir() else path.parent
-    content = [[file.relative_to(root).as_posix(), _size(file)] for language in kept for file in files[language]]
-    readers = {language: reader(language) for language in kept}
-    return Corpus(str(path), readers, lines=lines, text_column=text_column, content=content, ignored=ignored)
-
-
-def _language_files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """The files of each language in path order, and the files left out with the reason; hidden ones are skipped."""
-    files: dict[str, list[Path]] = {}
-    ignored = []
-    root = path if path.is_dir() else path.parent
-    for file in _walk(path) if path.is_dir() else [path]:
-        name = file.relative_to(root).as_posix()
-        parsed = split_name(file.name)
-        if parsed is None:
-            ignored.append(f"{name} (no .txt, .jsonl or .parquet file)")
-            continue
-        # A stem may go on behind the code: mlt_Latn.part1.txt.
-        code = next((stem for stem in (parsed[0], parsed[0].split(".")[0]) if is_language(stem)), None)
-        if code is None:
-            ignored.append(f"{name} ({parsed[0]!r} is no language code)")
-        else:
-            files.setdefault(canonical(code), []).append(file)
-    return files, ignored
-
-
-def _walk(folder: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise CorpusError(f"The folder {error.filename} cannot be read ({error.strerror}); check its permissions.")
-
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(found, key=lambda file: file.relative_to(folder).parts)
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError as error:
-        raise CorpusError(f"{file} cannot be read ({error.strerror}); remove the broken link or restore it.") from error
+    return parts
 
 
 def _choose(wanted: Iterable[str] | None, available: Iterable[str], corpus: str) -> list[str]:

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from lape_fast.errors import CorpusError
 from lape_fast.text.languages import canonical, is_language
 from lape_fast.text.records import LineRange, texts_of_records
+from lape_fast.text.streams import Source
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
+
+
+def hub_source(name: str, lines: LineRange, text_column: str | None) -> Source:
+    """The text of a data set on the hub that has one configuration a language.
+
+    Args:
+        name: a hub id such as ``HuggingFaceFW/fineweb-2``, or the folder of a data set.
+        lines: which records of each language to read.
+        text_column: the column of the text; None means ``text``, else ``content``.
+
+    Raises:
+        CorpusError: the data set cannot be reached, or none of its configurations is named by a language.
+    """
+    configurations = hub_configurations(name)
+
+    def parts(language: str) -> list[HubPart]:
+        return [HubPart(name, configurations[language], lines, text_column)]
+
+    def content(languages: list[str]) -> list[str]:
+        return hub_revision(name, configurations[languages[0]]) if languages else []
+
+    return Source(name, sorted(configurations), parts, content)
 
 
 def hub_configurations(name: str) -> dict[str, str]:
@@ -62,18 +86,48 @@ def open_stream(name: str, configuration: str) -> IterableDataset:
     return splits["train"] if "train" in splits else next(iter(splits.values()))
 
 
-def streamed_documents(
-    dataset: IterableDataset, lines: LineRange, text_column: str | None, source: str
-) -> Iterator[str]:
-    """The texts of a streaming data set, without the blank ones.
+@dataclass(frozen=True)
+class HubPart:
+    """One configuration of a data set; arguments as for ``hub_source``."""
 
-    Args:
-        dataset: what ``open_stream`` returns.
-        lines: which records to read.
-        text_column: the column of the text; None means ``text``, else ``content``.
-        source: what to call the data set in error messages.
+    name: str
+    configuration: str
+    lines: LineRange
+    text_column: str | None
 
-    Raises:
-        CorpusError: no such column.
-    """
-    return texts_of_records(lines.of(dataset), text_column, source)
+    def open(self, shard: int, shards: int, state: dict[str, Any] | None) -> _HubReading:
+        from datasets.distributed import split_dataset_by_node
+
+        dataset = open_stream(self.name, self.configuration)
+        strategy = "auto"
+        if self.lines != LineRange():
+            dataset = dataset.skip(self.lines.first - 1)
+            if self.lines.last is not None:
+                dataset = dataset.take(self.lines.last - self.lines.first + 1)
+            # Dealing whole files would take a share of the lines from each of them.
+            strategy = "examples"
+        dataset = split_dataset_by_node(dataset, shard, shards, strategy=strategy)
+        if state is not None:
+            dataset.load_state_dict(state)
+        return _HubReading(dataset, self.text_column, f"{self.name} ({self.configuration})")
+
+
+class _HubReading:
+    # The library deals the records itself.
+    numbered = 0
+
+    def __init__(self, dataset: IterableDataset, text_column: str | None, source: str) -> None:
+        self._dataset = dataset
+        self._text_column = text_column
+        self._source = source
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from texts_of_records(self._dataset, self._text_column, self._source)
+        except CorpusError:
+            raise
+        except (OSError, ValueError) as error:
+            raise CorpusError(f"{self._source} cannot be read to its end ({error}); resume or try again.") from error
+
+    def state(self) -> dict[str, Any]:
+        return self._dataset.state_dict()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lape_fast.errors import ConfigError, CorpusError
+from lape_fast.errors import ConfigError, CorpusError, DamagedFileError
 
 BLOCK_BYTES = 1 << 18
 DEFAULT_COLUMNS = ("text", "content")
@@ -38,7 +38,8 @@ def read_documents(path: Path, lines: LineRange, text_column: str | None) -> Ite
         text_column: the field of a record that holds the text; None means ``text``, else ``content``.
 
     Raises:
-        CorpusError: the file is missing, damaged or not UTF-8, or has no such column.
+        DamagedFileError: the file is cut off, not UTF-8 or not in its format.
+        CorpusError: its name is no such file's, or it has no such column.
     """
     parsed = split_name(path.name)
     if parsed is None:
@@ -138,9 +139,11 @@ def _record(path: Path, offset: int, number: int, line: bytes) -> dict | None:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        raise CorpusError(f"Line {number} of {path} is not JSON ({error}); write one JSON object a line.") from error
+        raise DamagedFileError(
+            f"Line {number} of {path} is not JSON ({error}); write one JSON object a line."
+        ) from error
     if not isinstance(record, dict):
-        raise CorpusError(f"Line {number} of {path} is a {type(record).__name__}; write one JSON object a line.")
+        raise DamagedFileError(f"Line {number} of {path} is a {type(record).__name__}; write one JSON object a line.")
     return record
 
 
@@ -157,12 +160,12 @@ def _read_parquet(path: Path, blocks: Callable, lines: LineRange, text_column: s
             column = choose_column(file.schema_arrow.names, text_column, str(path))
             yield from texts_of_records(lines.of(records(file, column)), column, str(path))
     except UnicodeDecodeError as error:
-        raise CorpusError(
+        raise DamagedFileError(
             f"{path} holds a text that is not UTF-8: byte {error.start} of it is 0x{error.object[error.start]:02x}; "
             "write the file again from clean text."
         ) from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise CorpusError(f"{path} is no complete parquet file ({error}); copy or write it again.") from error
+        raise DamagedFileError(f"{path} is no complete parquet file ({error}); copy or write it again.") from error
 
 
 def _lines(path: Path, blocks: Callable) -> Iterator[tuple[int, int, bytes]]:
@@ -190,7 +193,7 @@ def _decode(path: Path, offset: int, line: bytes) -> str:
         where = f"byte offset {offset + error.start}"
         if path.suffix.lower() in DECOMPRESSORS:
             where += " of its decompressed text"
-        raise CorpusError(
+        raise DamagedFileError(
             f"{path} is not UTF-8: the byte 0x{line[error.start]:02x} at {where} cannot be decoded ({error.reason}); "
             "convert the file to UTF-8."
         ) from error
@@ -201,7 +204,7 @@ def _readable(path: Path, blocks: Callable) -> Iterator[bytes]:
     try:
         yield from blocks(path)
     except (OSError, EOFError, zlib.error) as error:
-        raise CorpusError(f"{path} cannot be read to its end ({error}); copy or compress it again.") from error
+        raise DamagedFileError(f"{path} cannot be read to its end ({error}); copy or compress it again.") from error
 
 
 def _plain_blocks(path: Path) -> Iterator[bytes]:

@@ -9,8 +9,8 @@ import pytest
 
 from lape_fast.errors import CorpusError
 from lape_fast.text import open_corpus
-from lape_fast.text.corpus import hub_corpus
-from lape_fast.text.hub import open_stream, streamed_documents
+from lape_fast.text.corpus import Corpus
+from lape_fast.text.hub import hub_source, open_stream
 from lape_fast.text.records import LineRange
 
 CARD = """---
@@ -40,8 +40,14 @@ def data_set(tmp_path):
     return str(tmp_path)
 
 
+def hub_corpus(folder, lines=None, languages=None, text_column=None):
+    line_range = LineRange.parse(lines)
+    source = hub_source(str(folder), line_range, text_column)
+    return Corpus([source], lines=line_range, languages=languages, text_column=text_column)
+
+
 def test_configurations_named_by_language_become_languages(data_set):
-    corpus = hub_corpus(data_set, LineRange(), None, None)
+    corpus = hub_corpus(data_set)
     assert corpus.languages == ["mlt_Latn", "swh_Latn"]
     assert list(corpus.documents("mlt_Latn")) == ["wieħed", "tnejn", "tlieta"]
     assert list(corpus.documents("mlt_Latn")) == ["wieħed", "tnejn", "tlieta"]
@@ -49,24 +55,22 @@ def test_configurations_named_by_language_become_languages(data_set):
 
 
 def test_lines_count_the_records(data_set):
-    corpus = hub_corpus(data_set, LineRange.parse("2-3"), ["mt"], None)
+    corpus = hub_corpus(data_set, lines="2-3", languages=["mt"])
     assert corpus.languages == ["mlt_Latn"]
     assert list(corpus.documents("mt")) == ["tnejn"]
     assert corpus.describe()["lines"] == "2-3"
 
 
 def test_stream_is_read_lazily_and_its_columns_are_checked(data_set):
-    stream = open_stream(data_set, "20231101.mt")
-    assert isinstance(stream, datasets.IterableDataset)
-    assert next(streamed_documents(stream, LineRange(), None, "it")) == "wieħed"
-    with pytest.raises(CorpusError, match="it has no column 'body'; .* its columns: id, text"):
-        next(streamed_documents(stream, LineRange(), "body", "it"))
+    assert isinstance(open_stream(data_set, "20231101.mt"), datasets.IterableDataset)
+    with pytest.raises(CorpusError, match=r"\(20231101.mt\) has no column 'body'; .* its columns: id, text"):
+        next(hub_corpus(data_set, text_column="body").stream("mt"))
 
 
 def test_data_set_without_languages_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
     with pytest.raises(CorpusError, match="no configuration named by a language code, only: default"):
-        hub_corpus(str(tmp_path), LineRange(), None, None)
+        hub_corpus(tmp_path)
 
 
 def test_hub_id_that_cannot_be_reached_is_refused(monkeypatch):
