@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.measure import machine_facts
 from lape_fast.files import read_json, write_json
-from lape_fast.identify import identify_neurons, select_neurons
+from lape_fast.identify import CountingSettings, identify_neurons, select_neurons
 from lape_fast.models import load_model
 from lape_fast.study import ablate_neurons, prepare_text, score
 from lape_fast.text import open_corpus
@@ -75,8 +75,7 @@ def run(corpus: str, workspace: Path) -> dict:
         tokenizer,
         open_corpus(corpus, lines=TRAIN_LINES),
         workspace / "identify",
-        context_length=256,
-        tokens_per_language=TOKENS_PER_LANGUAGE,
+        CountingSettings(context_length=256, tokens_per_language=TOKENS_PER_LANGUAGE),
         **PRESETS["loose"],
     )
     known = counts.restrict(BASE_LANGUAGES)

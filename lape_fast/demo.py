@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lape_fast.errors import ConfigError
 from lape_fast.files import read_json, write_json
-from lape_fast.identify import NeuronSet, count_to_file, identify_neurons
+from lape_fast.identify import CountingSettings, NeuronSet, count_to_file, identify_neurons
 from lape_fast.models import load_model
 from lape_fast.report import (
     Picture,
@@ -111,7 +111,7 @@ def run_demo(output: str | os.PathLike, language: str = "mlt_Latn", *, quiet: bo
     stage("Counting activations and selecting each language's neurons")
     training_text = open_corpus("cldr", lines=TRAIN_LINES, languages=LANGUAGES)
     counts, neurons = identify_neurons(
-        model, tokenizer, training_text, output / "identify", context_length=CONTEXT_LENGTH, **PRESET
+        model, tokenizer, training_text, output / "identify", CountingSettings(context_length=CONTEXT_LENGTH), **PRESET
     )
     summary["identify"] = {
         "tokens": int(counts.tokens.sum()),
@@ -208,7 +208,11 @@ def _count_everything(model, tokenizer, output: Path) -> dict[str, Any]:
     corpus = open_corpus("cldr", lines=ALL_LANGUAGES_LINES)
     started = time.perf_counter()
     counts = count_to_file(
-        model, tokenizer, corpus, output / "all-languages-counts.safetensors", context_length=CONTEXT_LENGTH
+        model,
+        tokenizer,
+        corpus,
+        output / "all-languages-counts.safetensors",
+        CountingSettings(context_length=CONTEXT_LENGTH),
     )
     seconds = time.perf_counter() - started
     tokens = int(counts.tokens.sum())

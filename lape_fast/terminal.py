@@ -39,6 +39,24 @@ def print_neurons(neurons, as_json: bool, tokens: dict[str, int] | None = None) 
     Console().print(f"{summary['union']:,} of {total:,} neurons belong to at least one language.")
 
 
+def print_counts(path: Any, counts, as_json: bool) -> None:
+    """Prints how much of each language was counted, and how far its two halves agree."""
+    if as_json:
+        print_json(counts.summary())
+        return
+    from lape_fast.text import language_name
+
+    table = new_table("language", "name", "tokens", "halves agree", "95 %", "ended by")
+    for language, measured in counts.metadata.get("stability", {}).items():
+        known = measured["jaccard"] is not None
+        interval = "{:.2f}–{:.2f}".format(*measured["interval"]) if known else ""
+        jaccard = f"{measured['jaccard']:.2f}" if known else "unknown"
+        ended = measured.get("ended", "")
+        table.add_row(language, language_name(language), f"{measured['tokens']:,}", jaccard, interval, ended)
+    Console().print(table)
+    Console().print(f"{path}: {len(counts.languages)} languages, {int(counts.tokens.sum()):,} tokens.", highlight=False)
+
+
 def print_scores(columns: dict, as_json: bool) -> None:
     """Prints the scores of each language, one column per model: the base first, then what came of it."""
     measured = {

@@ -27,6 +27,7 @@ app = typer.Typer(
 COMMANDS = (
     identify.identify,
     identify.count,
+    identify.merge_counts,
     identify.select,
     tune.tune,
     study.evaluate,
@@ -37,7 +38,7 @@ COMMANDS = (
     tour.demo,
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(command.__name__.replace("_", "-"))(command)
 
 
 def _print_version(wanted: bool) -> None:

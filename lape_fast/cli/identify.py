@@ -11,27 +11,35 @@ from lape_fast.cli.options import (
     DEFAULT_CORPUS,
     ActivationBar,
     BatchTokens,
+    CheckpointMinutes,
     Config,
     ContextLength,
     CorpusSpec,
     Device,
     Dtype,
     FilterRate,
+    Fsdp,
     Json,
     Languages,
     Lines,
     Model,
     Output,
+    ShardsPerLanguage,
+    ShuffleSeed,
+    SkipBadFiles,
     TextColumn,
     TokenBudget,
     TopRate,
+    UntilStable,
+    Workers,
     load,
+    note_counting,
     note_ignored,
     open_text,
     split_codes,
 )
 from lape_fast.errors import ConfigError
-from lape_fast.terminal import print_facts, print_neurons
+from lape_fast.terminal import print_counts, print_neurons
 
 
 def identify(
@@ -44,6 +52,13 @@ def identify(
     context_length: ContextLength = 4096,
     batch_tokens: BatchTokens = 16384,
     tokens_per_language: TokenBudget = None,
+    until_stable: UntilStable = None,
+    seed: ShuffleSeed = None,
+    shards_per_language: ShardsPerLanguage = 1,
+    skip_bad_files: SkipBadFiles = False,
+    checkpoint_minutes: CheckpointMinutes = 5.0,
+    workers: Workers = None,
+    fsdp: Fsdp = False,
     top_rate: TopRate = 0.05,
     filter_rate: FilterRate = 0.95,
     activation_bar: ActivationBar = 0.95,
@@ -59,24 +74,37 @@ def identify(
 
     Example: lape-fast identify --model meta-llama/Llama-3.1-8B --corpus texts/ --output out
     """
-    from lape_fast.identify import identify_neurons
+    from lape_fast.identify import CountingSettings, identify_neurons, joined_world
 
     opened = open_text(corpus, lines, languages, text_column)
-    loaded, tokenizer = load(model, dtype, device)
-    counts, neurons = identify_neurons(
-        loaded,
-        tokenizer,
-        opened,
-        output,
+    settings = CountingSettings(
         context_length=context_length,
         batch_tokens=batch_tokens,
         tokens_per_language=tokens_per_language,
-        top_rate=top_rate,
-        filter_rate=filter_rate,
-        activation_bar=activation_bar,
+        shards_per_language=shards_per_language,
+        seed=seed,
+        until_stable=until_stable,
+        skip_bad_files=skip_bad_files,
     )
-    note_ignored(opened)
-    print_neurons(neurons, as_json, dict(zip(counts.languages, counts.tokens.tolist(), strict=True)))
+    with joined_world() as world:
+        loaded, tokenizer = load(model, dtype, device or world.device, sharded=fsdp)
+        counts, neurons = identify_neurons(
+            loaded,
+            tokenizer,
+            opened,
+            output,
+            settings,
+            checkpoint_seconds=60 * checkpoint_minutes,
+            workers=workers,
+            world=world,
+            top_rate=top_rate,
+            filter_rate=filter_rate,
+            activation_bar=activation_bar,
+        )
+    if world.is_main:
+        note_ignored(opened)
+        note_counting(counts)
+        print_neurons(neurons, as_json, dict(zip(counts.languages, counts.tokens.tolist(), strict=True)))
 
 
 def count(
@@ -89,6 +117,16 @@ def count(
     context_length: ContextLength = 4096,
     batch_tokens: BatchTokens = 16384,
     tokens_per_language: TokenBudget = None,
+    until_stable: UntilStable = None,
+    seed: ShuffleSeed = None,
+    shards_per_language: ShardsPerLanguage = 1,
+    part: Annotated[
+        str, typer.Option("--part", help="Count one part, as in 3/16; separate jobs count the others, to be merged.")
+    ] = "1/1",
+    skip_bad_files: SkipBadFiles = False,
+    checkpoint_minutes: CheckpointMinutes = 5.0,
+    workers: Workers = None,
+    fsdp: Fsdp = False,
     dtype: Dtype = "auto",
     device: Device = None,
     config: Config = None,
@@ -98,21 +136,55 @@ def count(
 
     Example: lape-fast count --model meta-llama/Llama-3.1-8B --corpus texts/ --output counts.safetensors
     """
-    from lape_fast.identify import count_to_file
+    from lape_fast.identify import CountingSettings, count_to_file, joined_world
 
     opened = open_text(corpus, lines, languages, text_column)
-    loaded, tokenizer = load(model, dtype, device)
-    counts = count_to_file(
-        loaded,
-        tokenizer,
-        opened,
-        output,
+    number, parts = _part(part)
+    settings = CountingSettings(
         context_length=context_length,
         batch_tokens=batch_tokens,
         tokens_per_language=tokens_per_language,
+        shards_per_language=shards_per_language,
+        seed=seed,
+        until_stable=until_stable,
+        skip_bad_files=skip_bad_files,
+        part=number,
+        parts=parts,
     )
-    note_ignored(opened)
-    print_facts(output, counts.summary(), as_json)
+    with joined_world() as world:
+        loaded, tokenizer = load(model, dtype, device or world.device, sharded=fsdp)
+        counts = count_to_file(
+            loaded,
+            tokenizer,
+            opened,
+            output,
+            settings,
+            checkpoint_seconds=60 * checkpoint_minutes,
+            workers=workers,
+            world=world,
+        )
+    if world.is_main:
+        note_ignored(opened)
+        note_counting(counts)
+        print_counts(output, counts, as_json)
+
+
+def merge_counts(
+    counts: Annotated[list[Path], typer.Argument(help="Counts files of one model, on different text.")],
+    output: Output,
+    as_json: Json = False,
+) -> None:
+    """Add up the counts of separate jobs, such as the parts of a Slurm array.
+
+    Example: lape-fast merge-counts parts/*.safetensors --output counts.safetensors
+    """
+    from lape_fast.files import refuse_existing
+    from lape_fast.identify import merge_files
+
+    refuse_existing(output)
+    merged = merge_files(counts)
+    merged.save(output)
+    print_counts(output, merged, as_json)
 
 
 def select(
@@ -174,3 +246,10 @@ def convert(
         neurons = import_masks(source, codes, neurons_per_layer)
         neurons.save(output)
     print_neurons(neurons, as_json)
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal()):
+        raise ConfigError(f"The part {text!r} must be written like 3/16: its number from 1, and how many there are.")
+    return int(number), int(parts)

@@ -54,6 +54,28 @@ BatchTokens = Annotated[int, typer.Option("--batch-tokens", min=1, help="Tokens 
 TokenBudget = Annotated[
     int | None, typer.Option("--tokens-per-language", min=1, help="Stop a language after this many tokens.")
 ]
+ShardsPerLanguage = Annotated[
+    int, typer.Option("--shards-per-language", min=1, help="Parts of a language that different processes may count.")
+]
+ShuffleSeed = Annotated[
+    int | None, typer.Option("--seed", help="Shuffle the documents; without, the order of the corpus.")
+]
+UntilStable = Annotated[
+    float | None,
+    typer.Option(
+        "--until-stable", help="Stop a language once the neurons of its two halves agree to this Jaccard index (0.95)."
+    ),
+]
+SkipBadFiles = Annotated[
+    bool, typer.Option("--skip-bad-files", help="Go on behind a damaged file; the report names it.")
+]
+CheckpointMinutes = Annotated[
+    float, typer.Option("--checkpoint-minutes", min=0.0, help="Save the run this often, to resume it from there.")
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=0, help="Processes that read and tokenise ahead (default: a few).")
+]
+Fsdp = Annotated[bool, typer.Option("--fsdp", help="Under torchrun: share one model among all devices (FSDP2).")]
 TopRate = Annotated[float, typer.Option("--top-rate", help="Share of all neurons to select, lowest entropy first.")]
 FilterRate = Annotated[
     float, typer.Option("--filter-rate", help="Quantile of activation probability a neuron must exceed in a language.")
@@ -80,7 +102,7 @@ def open_text(specs: list[str], lines: str | None, languages: str | None, text_c
     return open_corpus(specs, lines=lines, languages=split_codes(languages), text_column=text_column)
 
 
-def load(model: str, dtype: str, device: str | None):
+def load(model: str, dtype: str, device: str | None, sharded: bool = False):
     """The model and the tokenizer that a command was given."""
     from lape_fast.models import load_model
 
@@ -97,3 +119,16 @@ def note_ignored(corpus) -> None:
     if corpus.ignored:
         names = ", ".join(corpus.ignored[:6]) + (" ..." if len(corpus.ignored) > 6 else "")
         Console(stderr=True).print(f"Left out, not named by a language code: {names}", highlight=False, markup=False)
+
+
+def note_counting(counts) -> None:
+    """Says on standard error how fast the counting went, and what was skipped."""
+    console = Console(stderr=True)
+    speed = counts.metadata["speed"]
+    if speed["tokens_per_s"]:
+        console.print(
+            f"{speed['tokens_per_s']:,.0f} tokens/s; the model waited for text {speed['waited_share']:.1%} of it.",
+            highlight=False,
+        )
+    for skipped in counts.metadata["skipped_files"]:
+        console.print(f"Skipped: {skipped}", highlight=False, markup=False)

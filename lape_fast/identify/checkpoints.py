@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -87,11 +86,6 @@ class Checkpoints:
         }
         write_tensors(self._own(), "checkpoint", tensors, state)
 
-    def remove(self) -> None:
-        """Removes the folder: the run is done."""
-        if self.folder is not None and self.world.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
     def _settle(self) -> None:
         """Leaves files of this number of processes only, all of one generation."""
         files = self._files()
@@ -112,6 +106,9 @@ class Checkpoints:
             total = functools.reduce(_add, (read_tensors(path, "checkpoint")[0] for path, _ in current))
             self.save(Progress(_latest(known), earliest.round, earliest.stopped), total)
             current = [(self._own(), {})]
+        # What a killed process was writing is as large as a checkpoint.
+        for path in self.folder.glob(".*.partial"):
+            path.unlink()
         for path, _ in files:
             if path not in [kept for kept, _ in current]:
                 path.unlink()

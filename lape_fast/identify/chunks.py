@@ -76,7 +76,7 @@ class CountingSettings:
 
         if not 1 <= self.part <= self.parts <= QUEUES:
             raise ConfigError(
-                f"The part {self.part} of {self.parts} does not exist; number the parts from 1, and make at most {QUEUES}."
+                f"There is no part {self.part} of {self.parts}; number the parts from 1, and make at most {QUEUES}."
             )
         if self.parts > 1 and self.until_stable is not None:
             raise ConfigError(

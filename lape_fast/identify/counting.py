@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from lape_fast.identify.chunks import CountingSettings, Group, Position, Shard, 
 from lape_fast.identify.counting_ffn import by_language, count_batch, counting_ffns, set_by_language, zero_counts
 from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.distributed import World
+from lape_fast.identify.merging import describe_source
 from lape_fast.identify.prefetch import prefetch
 from lape_fast.identify.stability import is_stable, measure_stability
 from lape_fast.models import model_identity, tokenizer_hash
@@ -78,12 +79,15 @@ def count_activations(
     """
     settings = fit_settings(model, settings or CountingSettings())
     run = _Run(model, tokenizer, corpus, settings, checkpoint, workers, world or World())
-    with counting_ffns(model, run.counts) as modules, progress_bar("counting", run.shards) as advance:
-        with _stop_signals(catch=checkpoint is not None) as stop:
-            while True:
-                run.count_round(modules, advance, stop, checkpoint_seconds)
-                if not run.begin_round():
-                    break
+    with (
+        counting_ffns(model, run.counts) as modules,
+        progress_bar("counting", run.shards) as advance,
+        _stop_signals(catch=checkpoint is not None) as stop,
+    ):
+        while True:
+            run.count_round(modules, advance, stop, checkpoint_seconds)
+            if not run.begin_round():
+                break
     return run.result()
 
 
@@ -127,7 +131,7 @@ class _Run:
             set_by_language(self.counts, saved["counts"])
         self.counted = 0
         self.seconds = self.waited = 0.0
-        self.shown = 0.0
+        self.shown, self.tokens_shown = 0.0, 0
 
     def count_round(self, modules: list, advance: Callable, stop: _Stop, checkpoint_seconds: float) -> None:
         """Counts this process's queues up to the target of the round."""
@@ -171,7 +175,9 @@ class _Run:
         self._save()
         self.world.wait()
         measured = measure_stability(self._total(), self.settings.rule)
-        self.progress.stopped = [code for code, values in measured.items() if is_stable(values, threshold)]
+        stable = [code for code, values in measured.items() if is_stable(values, threshold)]
+        # The first process decides: another machine may round an entropy otherwise.
+        self.progress.stopped = self.world.gather(stable)[0]
         reached = self.settings.round_target(self.progress.round)
         budget = self.settings.tokens_per_language or math.inf
         self.progress.round += 1
@@ -191,6 +197,7 @@ class _Run:
                 language: {**measured, "ended": self._ending(language, positions)}
                 for language, measured in measure_stability(counts, self.settings.rule).items()
             },
+            "sources": [describe_source(self.corpus, self.settings)],
             "skipped_files": sorted({bad for position in positions.values() for bad in position.bad_files}),
             "speed": {
                 "seconds": round(seconds, 3),
@@ -250,8 +257,8 @@ class _Run:
                 over = position.ended or shard.language in self.progress.stopped
                 done += 1.0 if over else min(1.0, position.tokens / target)
         waited = f"waited for text {self.waited / self.seconds:.0%} of the time" if self.seconds else ""
-        advance(done - self.shown, 0, waited)
-        self.shown = done
+        advance(done - self.shown, self.counted - self.tokens_shown, waited)
+        self.shown, self.tokens_shown = done, self.counted
 
     def _save(self) -> None:
         if self.checkpoints.folder is not None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from torch import nn
 
 from lape_fast.errors import FileExistsAlreadyError
-from lape_fast.identify.counting import count_activations, differences, fit_context, run_identity
+from lape_fast.identify.checkpoints import differences
+from lape_fast.identify.chunks import CountingSettings
+from lape_fast.identify.counting import count_activations, fit_settings, run_identity
 from lape_fast.identify.counts import ActivationCounts
+from lape_fast.identify.distributed import World
 from lape_fast.identify.neurons import NeuronSet
 from lape_fast.identify.selection import select_neurons
 from lape_fast.text import Corpus
@@ -22,10 +26,11 @@ def identify_neurons(
     tokenizer,
     corpus: Corpus,
     output: str | os.PathLike,
+    settings: CountingSettings | None = None,
     *,
-    context_length: int = 4096,
-    batch_tokens: int = 16384,
-    tokens_per_language: int | None = None,
+    checkpoint_seconds: float = 300.0,
+    workers: int | None = None,
+    world: World | None = None,
     **thresholds: float,
 ) -> tuple[ActivationCounts, NeuronSet]:
     """Writes ``counts.safetensors`` and ``neurons.safetensors`` into a folder.
@@ -33,12 +38,13 @@ def identify_neurons(
     The same call with the same output resumes what was interrupted, and does nothing twice.
 
     Args:
-        model, tokenizer, corpus, context_length, batch_tokens, tokens_per_language: see ``count_activations``.
+        model, tokenizer, corpus, settings, checkpoint_seconds, workers, world: see ``count_activations``.
         output: the folder.
         thresholds: see ``select_neurons``.
 
     Raises:
         FileExistsAlreadyError: the folder holds the results of another run.
+        SelectionError: a language has no tokens; the counts are written.
 
     Example:
         >>> counts, neurons = identify_neurons(model, tokenizer, open_corpus("texts/"), "out", top_rate=0.01)
@@ -50,11 +56,14 @@ def identify_neurons(
         tokenizer,
         corpus,
         folder / COUNTS_NAME,
-        context_length=context_length,
-        batch_tokens=batch_tokens,
-        tokens_per_language=tokens_per_language,
+        settings,
+        checkpoint_seconds=checkpoint_seconds,
+        workers=workers,
+        world=world,
     )
     neurons = select_neurons(counts, **thresholds)
+    if world is not None and not world.is_main:
+        return counts, neurons
     path = folder / NEURONS_NAME
     if not path.exists():
         neurons.save(path)
@@ -71,38 +80,42 @@ def count_to_file(
     tokenizer,
     corpus: Corpus,
     path: str | os.PathLike,
+    settings: CountingSettings | None = None,
     *,
-    context_length: int = 4096,
-    batch_tokens: int = 16384,
-    tokens_per_language: int | None = None,
+    checkpoint_seconds: float = 300.0,
+    workers: int | None = None,
+    world: World | None = None,
 ) -> ActivationCounts:
-    """``count_activations`` into a file, through ``PATH.partial``, from which an interrupted run resumes.
+    """``count_activations`` into a file, through the folder ``PATH.partial``, from which an interrupted run resumes.
 
     Raises:
         FileExistsAlreadyError: the file holds the counts of another run.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
+    world = world or World()
     if path.exists():
         counts = ActivationCounts.load(path)
-        run = run_identity(
-            model, tokenizer, corpus, fit_context(model, context_length), batch_tokens, tokens_per_language
-        )
+        run = run_identity(model, tokenizer, corpus, fit_settings(model, settings or CountingSettings()))
         changed = differences(run, counts.metadata)
         if changed:
             raise FileExistsAlreadyError(
                 f"{path} holds the counts of another run ({changed}); choose another output or remove the file."
             )
-    else:
-        counts = count_activations(
-            model,
-            tokenizer,
-            corpus,
-            context_length=context_length,
-            batch_tokens=batch_tokens,
-            tokens_per_language=tokens_per_language,
-            checkpoint=partial,
-        )
+        return counts
+    partial = path.with_name(f"{path.name}.partial")
+    counts = count_activations(
+        model,
+        tokenizer,
+        corpus,
+        settings,
+        checkpoint=partial,
+        checkpoint_seconds=checkpoint_seconds,
+        workers=workers,
+        world=world,
+    )
+    if world.is_main:
         counts.save(path)
-    partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+    # Nobody goes on to read the file before it is there.
+    world.wait()
     return counts

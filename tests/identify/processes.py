@@ -1,0 +1,62 @@
+"""Forked processes for tests: as many as torchrun would start, without importing torch again in each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def start(function: Callable[[], Any], rank: int = 0, size: int = 1, port: int = 0):
+    """Forks a process that runs ``function`` on one thread, and returns it with the pipe that its result comes by."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def run() -> None:
+        # OpenMP's threads do not survive a fork.
+        torch.set_num_threads(1)
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        sender.send(function())
+
+    process = context.Process(target=run)
+    process.start()
+    sender.close()
+    return process, receiver
+
+
+def run_together(function: Callable[[], Any], size: int, kill: Callable[[], None] | None = None) -> list[Any]:
+    """Runs ``function`` in ``size`` processes at once; with ``kill`` all are killed once it returns.
+
+    Returns:
+        The results in the order of ranks; None for a process that was killed before it had one.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = [start(function, rank, size, port) for rank in range(size)]
+    if kill is not None:
+        kill()
+        for process, _ in running:
+            os.kill(process.pid, signal.SIGKILL)
+    results = []
+    for process, receiver in running:
+        try:
+            results.append(receiver.recv())
+        except EOFError:
+            results.append(None)
+        process.join()
+        if kill is None:
+            assert process.exitcode == 0
+    return results
