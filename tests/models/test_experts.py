@@ -11,7 +11,7 @@ from torch import nn
 
 from lape_fast.errors import ArchitectureError
 from lape_fast.models import check_neurons, dense_ffns, find_ffns, replaced
-from tests.tiny_models import EXPERT_TYPES, EXPERTS, EXPERTS_PER_TOKEN, tiny_model
+from tests.tiny_models import EXPERT_TYPES, EXPERTS, tiny_model
 
 IMPLEMENTATIONS = ("grouped_mm", "eager")
 
@@ -215,7 +215,3 @@ def test_neurons_are_numbered_over_all_experts():
 def test_what_needs_dense_projections_is_refused(model_type):
     with pytest.raises(ArchitectureError, match=f"{model_type} model is a mixture of experts.*not tuned"):
         dense_ffns(tiny_model(model_type))
-
-
-def test_a_token_has_several_experts_in_these_tests():
-    assert 2 < EXPERTS_PER_TOKEN < EXPERTS
