@@ -31,7 +31,7 @@ SENTENCES = (
     "ድመቷ ምንጣፉ ላይ ተቀምጣ ሌሎቹን ድመቶች ተመለከተች።",
 )
 
-TINY_TYPES = (
+DENSE_TYPES = (
     "llama",
     "mistral",
     "qwen2",
@@ -48,6 +48,11 @@ TINY_TYPES = (
     "opt",
     "bloom",
 )
+EXPERT_TYPES = ("mixtral", "qwen3_moe", "gpt_oss")
+TINY_TYPES = DENSE_TYPES + EXPERT_TYPES
+
+# Of a mixture of experts; three experts per token add up to different bits in another order.
+EXPERTS, EXPERTS_PER_TOKEN = 5, 3
 
 
 @functools.cache
@@ -81,6 +86,7 @@ def tiny_model(
     neurons: int = 48,
     layers: int = 2,
     attn_implementation: str | None = None,
+    experts_implementation: str | None = None,
     **config_fields,
 ):
     """A random causal language model with its head, in eval mode on the CPU, without any dropout.
@@ -90,9 +96,11 @@ def tiny_model(
         dtype: of every parameter.
         seed: of the weights.
         hidden: D, a multiple of 16 (4 heads, rotary halves).
-        neurons: F, the FFN width; BLOOM has no choice but ``4 * hidden``.
+        neurons: F, the FFN width, of one expert where there are any; BLOOM has no choice but ``4 * hidden``.
         layers: L.
         attn_implementation: "sdpa" or "eager"; None takes transformers' choice.
+        experts_implementation: "grouped_mm" or "eager", the only one for float64; None takes transformers' choice
+            (the first), and the second where it must.
         config_fields: any other field of the model's (text) config, such as ``mlp_bias``.
     """
     from transformers import AutoModelForCausalLM
@@ -100,14 +108,24 @@ def tiny_model(
     config = _config(model_type, hidden, neurons, layers, config_fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            experts_implementation=experts_implementation or ("eager" if dtype == torch.float64 else None),
+        )
         # Fresh biases are zeros and fresh matrices too small for an activation to bend anything.
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
-            elif parameter.dim() == 2:
+            elif parameter.dim() in (2, 3):
                 torch.nn.init.normal_(parameter, std=hidden**-0.5)
     return model.eval()
+
+
+def tiny_neurons(model_type: str) -> int:
+    """How many neurons a layer of ``tiny_model(model_type)`` has."""
+    return {"bloom": 128}.get(model_type, 48) * (EXPERTS if model_type in EXPERT_TYPES else 1)
 
 
 def save_tiny(path: str | os.PathLike, model_type: str = "llama", **model_arguments) -> Path:
@@ -137,6 +155,7 @@ def _config(model_type: str, hidden: int, neurons: int, layers: int, config_fiel
     head = {"head_dim": hidden // 4}
     kinds = ("sliding_attention", "full_attention")
     sliding = {"sliding_window": SLIDING_WINDOW, "layer_types": [kinds[layer % 2] for layer in range(layers)]}
+    experts = {"num_local_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN}
     no_dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     by_type = {
         "llama": sizes,
@@ -153,6 +172,9 @@ def _config(model_type: str, hidden: int, neurons: int, layers: int, config_fiel
         "gpt_neox": sizes,
         "opt": {**sizes, "ffn_dim": neurons, "dropout": 0.0},
         "bloom": {"hidden_size": hidden, "n_layer": layers, "n_head": 4},
+        "mixtral": {**sizes, **experts, "sliding_window": SLIDING_WINDOW},
+        "qwen3_moe": {**sizes, **head, **experts, "moe_intermediate_size": neurons, "intermediate_size": 2 * neurons},
+        "gpt_oss": {**sizes, **head, **experts, **sliding},
     }
     if model_type != "gemma3":
         return AutoConfig.for_model(model_type, **{**common, **by_type[model_type], **config_fields})

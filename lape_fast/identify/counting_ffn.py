@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_fast.models import FFN, find_ffns, forward_hidden, replaced, without_final_norm
+from lape_fast.errors import ArchitectureError
+from lape_fast.models import FFN, ExpertFFN, find_ffns, forward_hidden, replaced, without_final_norm
 from lape_fast.ops import gated_activation
 from lape_fast.text import Packed
 
@@ -19,15 +20,16 @@ class CountingFFN(nn.Module):
 
     Args:
         ffn: the block, in its model.
-        counts: int64 ``[1, G, F]`` of this layer, added to in place.
+        counts: int64 ``[E, G, F]`` of this layer, added to in place; E is 1.
         last: nothing reads the output of the model's last FFN, so its up and down projections are left out.
     """
 
-    def __init__(self, ffn: FFN, counts: Tensor, last: bool = False):
+    def __init__(self, ffn: FFN | ExpertFFN, counts: Tensor, last: bool = False):
         super().__init__()
         self.ffn = ffn
         self.counts = counts
         self.last = last
+        # Taken by each forward pass, so that one that went around this module is noticed.
         self.language_ids: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
@@ -36,9 +38,38 @@ class CountingFFN(nn.Module):
         else:
             gate, up = self.ffn.project(x)
         # OPT flattens the leading dimensions; the ids follow.
-        language_ids = self.language_ids.view(gate.shape[:-1])
+        language_ids = self.take_language_ids().view(gate.shape[:-1])
         h = gated_activation(gate, up, self.ffn.activation, language_ids, self.counts[0])
         return x if self.last else self.ffn.project_down(h)
+
+    def take_language_ids(self) -> Tensor:
+        """The ids that were set for this forward pass, which only one may use."""
+        language_ids, self.language_ids = self.language_ids, None
+        return language_ids
+
+
+class CountingExperts(CountingFFN):
+    """Computes a mixture of experts and counts: to the bit as transformers' grouped implementation does, and as its
+    eager one but for the order in which a token's experts are added up.
+
+    A neuron fires only on tokens that are routed to its expert, and its activation probability is over all tokens of a
+    language: it says how much the language uses the neuron, router included. Of the last layer only the down
+    projections are left out, since gate and up are one product.
+    """
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:  # [T, D], [T, K], [T, K] -> [T, D]
+        routes = self.ffn.route(chosen)
+        gate_up = self.ffn.project(x, routes)  # [S, 2F]
+        _, languages, neurons = self.counts.shape
+        language_ids = self.take_language_ids().flatten()[routes.tokens]
+        # Expert and language together number the rows of [E * G, F].
+        row_ids = torch.where(language_ids < 0, -1, routes.experts * languages + language_ids).int()
+        # Only for its counts: h is the model's own, whose activation may be one that the op does not know.
+        gated_activation(self.ffn.gate(gate_up), None, "relu", row_ids, self.counts.view(-1, neurons))
+        return x if self.last else self.ffn.project_down(self.ffn.activate(gate_up), routes, weights)
+
+
+_COUNTING = {FFN: CountingFFN, ExpertFFN: CountingExperts}
 
 
 @contextlib.contextmanager
@@ -53,7 +84,7 @@ def counting_ffns(model: nn.Module, counts: Tensor, *, skip_last: bool = True) -
     """
     ffns = find_ffns(model)
     modules = [
-        CountingFFN(ffn, layer_counts, last=skip_last and ffn is ffns[-1])
+        _COUNTING[type(ffn)](ffn, layer_counts, last=skip_last and ffn is ffns[-1])
         for ffn, layer_counts in zip(ffns, counts, strict=True)
     ]
     with replaced(ffns, modules), without_final_norm(model) if skip_last else contextlib.nullcontext():
@@ -62,18 +93,29 @@ def counting_ffns(model: nn.Module, counts: Tensor, *, skip_last: bool = True) -
 
 @torch.inference_mode()
 def count_batch(model: nn.Module, modules: Sequence[CountingFFN], packed: Packed) -> None:
-    """Runs the model without its head over one batch of rows, under ``counting_ffns``."""
+    """Runs the model without its head over one batch of rows, under ``counting_ffns``.
+
+    Raises:
+        ArchitectureError: the forward pass went around a counting FFN.
+    """
     device = modules[0].counts.device
     language_ids = packed.language_ids.to(device)
     for module in modules:
         module.language_ids = language_ids
     forward_hidden(model, packed.input_ids.to(device), packed.position_ids.to(device))
+    missed = [module.ffn.layer for module in modules if module.language_ids is not None]
+    if missed:
+        raise ArchitectureError(
+            f"The model computed the FFN of layer {missed[0]} by other code than its own, so nothing was counted "
+            "there; load it without the library or the kernels that replace its forward."
+        )
 
 
 def zero_counts(model: nn.Module, languages: int) -> Tensor:
     """A buffer to count into: int64 ``[L, E, G, F]`` on the model's device, with E = 1 expert in a dense FFN."""
     ffns = find_ffns(model)
-    shape = (len(ffns), 1, languages, ffns[0].neurons)
+    experts = ffns[0].experts
+    shape = (len(ffns), experts, languages, ffns[0].neurons // experts)
     return torch.zeros(shape, dtype=torch.int64, device=next(model.parameters()).device)
 
 

@@ -1,22 +1,18 @@
 """Models: where each architecture keeps its FFN, and how models are loaded and told apart."""
 
-from lape_fast.models.layouts import (
-    FFN,
-    check_neurons,
-    decoder,
-    find_ffns,
-    forward_hidden,
-    layout_of,
-    replaced,
-    supports_packing,
-    without_final_norm,
-)
+from lape_fast.models.dense import FFN
+from lape_fast.models.experts import ExpertFFN
+from lape_fast.models.ffn import check_neurons, dense_ffns, find_ffns, replaced
+from lape_fast.models.hidden_states import decoder, forward_hidden, supports_packing, without_final_norm
+from lape_fast.models.layouts import layout_of
 from lape_fast.models.loading import load_model, model_identity, tokenizer_hash
 
 __all__ = [
     "FFN",
+    "ExpertFFN",
     "check_neurons",
     "decoder",
+    "dense_ffns",
     "find_ffns",
     "forward_hidden",
     "layout_of",

@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 
 from lape_fast.errors import ArchitectureError, ConfigError
 from lape_fast.files import json_hash
-from lape_fast.models.layouts import check_known, decoder, find_ffns
+from lape_fast.models.ffn import find_ffns
+from lape_fast.models.hidden_states import decoder
+from lape_fast.models.layouts import check_known
 
 DTYPES = {
     "auto": "auto",
@@ -100,6 +102,9 @@ def load_model(
             f"The checkpoint {name} lacks {len(missing)} weights that its config.json calls for, such as {missing[0]}, "
             "and they would be random; use a complete checkpoint of a causal language model."
         )
+    if model.dtype == torch.float64:
+        # The grouped products that transformers computes experts by know no float64.
+        model.set_experts_implementation("eager")
     return model.to(torch_device).eval(), tokenizer
 
 
@@ -108,7 +113,8 @@ def model_identity(model) -> dict[str, Any]:
 
     Returns:
         "model" (the name or path it was loaded from), "config_hash" (of the fields that change the computation),
-        "model_type", "layers", "neurons_per_layer" and "hidden_size".
+        "model_type", "layers", "experts" (1 where the FFN is dense), "neurons_per_layer" (of all experts) and
+        "hidden_size".
     """
     ffns = find_ffns(model)
     return {
@@ -116,6 +122,7 @@ def model_identity(model) -> dict[str, Any]:
         "config_hash": json_hash(_computing_fields(json.loads(model.config.to_json_string(use_diff=False)))),
         "model_type": model.config.model_type,
         "layers": len(ffns),
+        "experts": ffns[0].experts,
         "neurons_per_layer": ffns[0].neurons,
         "hidden_size": decoder(model).config.hidden_size,
     }

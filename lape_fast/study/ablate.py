@@ -93,14 +93,14 @@ def silenced(model: nn.Module, neurons: Sequence[Tensor]) -> Iterator[None]:
     kept = []
     try:
         for ffn, chosen in zip(ffns, neurons, strict=True):
-            columns = ffn.down_weight.data  # [D, F], the live weight
-            chosen = chosen.to(columns.device)
-            kept.append((columns, chosen, columns[:, chosen].clone()))
-            columns[:, chosen] = 0
+            chosen = chosen.to(ffn.down_weight.device)
+            values = ffn.outgoing(chosen)
+            kept.append((ffn, chosen, values))
+            ffn.set_outgoing(chosen, torch.zeros_like(values))
         yield
     finally:
-        for columns, chosen, values in kept:
-            columns[:, chosen] = values
+        for ffn, chosen, values in kept:
+            ffn.set_outgoing(chosen, values)
 
 
 def ablate_neurons(

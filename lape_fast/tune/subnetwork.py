@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from lape_fast.errors import ConfigError, TrainingError
-from lape_fast.models import FFN, check_neurons, find_ffns, model_identity
+from lape_fast.models import FFN, check_neurons, dense_ffns, model_identity
 from lape_fast.ops import gated_activation, gated_activation_backward, slot_map
 
 # What a subnetwork FFN keeps for its backward pass: `save` its input, gate and up; `recompute` its input alone, and
@@ -185,7 +185,7 @@ def attach_subnetwork(model: nn.Module, neurons: Sequence[Tensor], policy: Polic
         policy: what is kept for backward, ``save`` or ``recompute``.
 
     Raises:
-        ArchitectureError: the number of layers or a neuron index does not fit the model.
+        ArchitectureError: the number of layers or a neuron index does not fit the model, or it is a mixture of experts.
         ConfigError: the policy is unknown.
         TrainingError: no layer has a neuron.
 
@@ -195,7 +195,7 @@ def attach_subnetwork(model: nn.Module, neurons: Sequence[Tensor], policy: Polic
     """
     if policy not in get_args(Policy):
         raise ConfigError(f"The policy {policy!r} is unknown; choose one of {', '.join(get_args(Policy))}.")
-    ffns = find_ffns(model)
+    ffns = dense_ffns(model)
     check_neurons(ffns, neurons)
     trained = [layer for layer, chosen in enumerate(neurons) if len(chosen)]
     if not trained:

@@ -32,7 +32,7 @@ from lape_fast.identify.counting_ffn import by_language, zero_counts
 from lape_fast.identify.counts import TENSORS
 from lape_fast.models import find_ffns, forward_hidden
 from lape_fast.text import Packed, open_corpus, tokenize
-from tests.tiny_models import TINY_TYPES, tiny_model, tiny_tokenizer
+from tests.tiny_models import DENSE_TYPES, tiny_model, tiny_tokenizer
 
 TEXTS = {
     "mlt_Latn": ["Il-qattus qagħad fuq it-tapit.", "Bonġu!", "Il-ktieb huwa fuq il-mejda u l-bieb magħluq."],
@@ -86,7 +86,7 @@ def counts_by_hooks(model, corpus, context_length):
     return positive, tokens
 
 
-@pytest.mark.parametrize("model_type", TINY_TYPES)
+@pytest.mark.parametrize("model_type", DENSE_TYPES)
 def test_counts_equal_plain_hooks_on_separate_documents(model_type, corpus):
     # fp64, so that rounding in another order moves no gate across zero.
     model = tiny_model(model_type, dtype=torch.float64)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lape_fast.errors import ArchitectureError
 from lape_fast.identify import counting_ffns
 from lape_fast.identify.counting_ffn import by_language, count_batch, set_by_language, zero_counts
 from lape_fast.models import decoder, find_ffns, forward_hidden, layout_of
 from lape_fast.text import Packed
-from tests.tiny_models import TINY_TYPES, VOCABULARY, tiny_model
+from tests.tiny_models import EXPERT_TYPES, EXPERTS, TINY_TYPES, VOCABULARY, tiny_model
 
 LANGUAGES = 3
 
@@ -58,7 +59,8 @@ def test_the_hidden_states_of_a_model_that_counts_are_its_own(model_type):
         for module in modules:
             module.language_ids = packed.language_ids
         hidden = forward_hidden(model, packed.input_ids, packed.position_ids)
-    # The op's fp64 activations differ from torch's in the last bits, which norms that compute in fp32 may round apart.
+    # The op's fp64 activations, and sums over experts in another order, differ from torch's in the last bits, which
+    # norms that compute in fp32 may round apart.
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
 
 
@@ -95,3 +97,40 @@ def test_values_by_language_do_not_share_the_buffer():
 def test_a_buffer_has_a_place_for_every_neuron_and_language():
     model = tiny_model(layers=3)
     assert zero_counts(model, 5).shape == (3, 1, 5, find_ffns(model)[0].neurons)
+    assert zero_counts(tiny_model("mixtral"), 5).shape == (2, EXPERTS, 5, 48)
+
+
+@pytest.mark.parametrize("model_type", EXPERT_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_experts_that_count_compute_as_transformers_does_to_the_bit(model_type, dtype):
+    model, packed = tiny_model(model_type, dtype=dtype, experts_implementation="grouped_mm"), one_document_a_row()
+    expected = forward_hidden(model, packed.input_ids, packed.position_ids)
+    with counting_ffns(model, zero_counts(model, LANGUAGES), skip_last=False) as modules:
+        for module in modules:
+            module.language_ids = packed.language_ids
+        assert torch.equal(forward_hidden(model, packed.input_ids, packed.position_ids), expected)
+
+
+@torch.inference_mode()
+def test_the_down_projection_of_the_last_experts_is_not_computed():
+    model, packed = tiny_model("qwen3_moe"), one_document_a_row()
+    model.model.layers[1].mlp.experts.down_proj.fill_(torch.nan)
+    finite = []
+    for skip_last in (True, False):
+        with counting_ffns(model, zero_counts(model, LANGUAGES), skip_last=skip_last) as modules:
+            for module in modules:
+                module.language_ids = packed.language_ids
+            finite.append(bool(forward_hidden(model, packed.input_ids, packed.position_ids).isfinite().all()))
+    assert finite == [True, False]
+
+
+def test_an_ffn_that_other_code_computes_is_an_error():
+    model = tiny_model("gpt_oss")
+    # As a library does that brings its own kernels.
+    model.model.layers[1].mlp.forward = lambda hidden: (hidden, None)
+    with (
+        counting_ffns(model, zero_counts(model, LANGUAGES)) as modules,
+        pytest.raises(ArchitectureError, match="FFN of layer 1 by other code"),
+    ):
+        count_batch(model, modules, one_document_a_row())

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lape_fast.errors import ArchitectureError
-from lape_fast.models.layouts import ACTIVATION_NAMES, LAYOUTS, decoder, find_ffns, replaced
+from lape_fast.models import decoder, find_ffns, replaced
+from lape_fast.models.layouts import ACTIVATION_NAMES, LAYOUTS
 from lape_fast.ops import ACTIVATIONS
-from tests.tiny_models import TINY_TYPES, VOCABULARY, tiny_model
+from tests.tiny_models import DENSE_TYPES, TINY_TYPES, VOCABULARY, tiny_model
 
 TORCH_ACTIVATIONS = {
     "silu": F.silu,
@@ -38,7 +39,7 @@ FFN_DROPOUT = {
 UNGATED = ("gpt2", "gpt_neox", "opt", "bloom")
 
 # Variants of an architecture that take another path through its code.
-VARIANTS = [(model_type, {}) for model_type in TINY_TYPES] + [
+VARIANTS = [(model_type, {}) for model_type in DENSE_TYPES] + [
     ("llama", {"mlp_bias": True}),
     ("llama", {"hidden_act": "gelu"}),
     ("gpt_neox", {"hidden_act": "gelu_fast"}),
@@ -110,7 +111,7 @@ def test_hand_written_ffn_reproduces_the_logits(model_type, fields, module_class
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("model_type", TINY_TYPES)
+@pytest.mark.parametrize("model_type", DENSE_TYPES)
 def test_a_wrong_activation_would_be_noticed(model_type):
     model = build(model_type)
     expected = logits(model)
@@ -120,7 +121,7 @@ def test_a_wrong_activation_would_be_noticed(model_type):
     assert (logits(model) - expected).abs().max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("model_type", TINY_TYPES)
+@pytest.mark.parametrize("model_type", DENSE_TYPES)
 def test_sizes_and_shapes(model_type):
     model = tiny_model(model_type, layers=3, neurons=80)
     ffns = find_ffns(model)
@@ -156,7 +157,7 @@ def silence_in_activation(ffn, neuron):
 
 @pytest.mark.parametrize(
     ("model_type", "part"),
-    [(name, part) for name in TINY_TYPES for part in ("gate", "up", "down") if part != "up" or name not in UNGATED],
+    [(name, part) for name in DENSE_TYPES for part in ("gate", "up", "down") if part != "up" or name not in UNGATED],
 )
 def test_writing_through_a_view_changes_the_model(model_type, part):
     model = build(model_type)
@@ -179,7 +180,7 @@ def test_writing_through_a_view_changes_the_model(model_type, part):
     assert (expected - before).abs().max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("model_type", TINY_TYPES)
+@pytest.mark.parametrize("model_type", DENSE_TYPES)
 def test_gradients_reach_the_parameters_through_the_views(model_type):
     model = tiny_model(model_type)
     ffn = find_ffns(model)[0]
@@ -190,7 +191,7 @@ def test_gradients_reach_the_parameters_through_the_views(model_type):
     assert grad.sum() == ffn.hidden_size
 
 
-@pytest.mark.parametrize("model_type", TINY_TYPES)
+@pytest.mark.parametrize("model_type", DENSE_TYPES)
 def test_restore_puts_the_same_modules_back(model_type):
     model = tiny_model(model_type)
     expected, keys, modules = logits(model), list(model.state_dict()), list(model.modules())
@@ -206,7 +207,7 @@ def test_restore_puts_the_same_modules_back(model_type):
     assert all(now is before for now, before in zip(model.modules(), modules, strict=True))
 
 
-@pytest.mark.parametrize("model_type", TINY_TYPES)
+@pytest.mark.parametrize("model_type", DENSE_TYPES)
 def test_an_owning_module_keeps_every_weight_in_the_model(model_type):
     model = tiny_model(model_type)
     before = {id(parameter) for parameter in model.parameters()}
@@ -220,7 +221,7 @@ def test_an_owning_module_keeps_every_weight_in_the_model(model_type):
     torch.testing.assert_close(logits(converted).float(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", TINY_TYPES)
+@pytest.mark.parametrize("model_type", DENSE_TYPES)
 def test_nothing_is_dropped_inside_the_replaced_part(model_type):
     field = FFN_DROPOUT.get(model_type)
     model = tiny_model(model_type, **({field: 0.5} if field else {})).train()

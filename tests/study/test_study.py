@@ -13,7 +13,7 @@ from lape_fast.identify import NeuronSet
 from lape_fast.models import find_ffns
 from lape_fast.study import ablate_neurons, evaluate_languages, prepare_text, score, silenced
 from lape_fast.text import open_corpus, tokenize
-from tests.tiny_models import TINY_TYPES, tiny_model, tiny_tokenizer
+from tests.tiny_models import DENSE_TYPES, TINY_TYPES, tiny_model, tiny_tokenizer
 
 TEXTS = {
     "mlt_Latn": ["Il-qattus qagħad fuq it-tapit.", "Bonġu!"],
@@ -68,7 +68,7 @@ def test_a_language_without_text_is_named(corpus, tmp_path):
         prepare_text(tiny_model(), tiny_tokenizer(), open_corpus(str(tmp_path)))
 
 
-@pytest.mark.parametrize("model_type", TINY_TYPES)
+@pytest.mark.parametrize("model_type", DENSE_TYPES)
 def test_silenced_neurons_contribute_nothing_and_come_back_bit_for_bit(model_type):
     model = tiny_model(model_type)
     before = copy.deepcopy(model.state_dict())

@@ -10,7 +10,7 @@ import torch
 from lape_fast.errors import ArchitectureError, ConfigError, TrainingError
 from lape_fast.models import find_ffns
 from lape_fast.tune import attach_subnetwork
-from tests.tiny_models import TINY_TYPES, VOCABULARY, tiny_model
+from tests.tiny_models import DENSE_TYPES, VOCABULARY, tiny_model
 
 
 def neurons_of(model, sizes=None, seed=0):
@@ -51,7 +51,7 @@ def _gradient(view):
 
 
 @pytest.mark.parametrize("policy", ["save", "recompute"])
-@pytest.mark.parametrize("model_type", TINY_TYPES)
+@pytest.mark.parametrize("model_type", DENSE_TYPES)
 def test_gradients_equal_dense_autograd_in_fp64(model_type, policy):
     model = tiny_model(model_type, dtype=torch.float64, layers=3)
     neurons = neurons_of(model)
@@ -324,3 +324,10 @@ def test_a_deep_copy_of_an_attached_model_trains_by_itself():
     assert torch.equal(layer.projections["gate"].weight, layer.ffn.gate_weight)
     assert not torch.equal(layer.gate_rows, original.gate_rows)
     assert torch.equal(original.ffn.gate_weight[original.neurons], original.gate_rows)
+
+
+def test_a_mixture_of_experts_is_refused_and_left_as_it_was():
+    model = tiny_model("mixtral")
+    with pytest.raises(ArchitectureError, match="mixtral model is a mixture of experts.*not tuned"):
+        attach_subnetwork(model, [torch.tensor([1]), torch.tensor([2])])
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -1,0 +1,176 @@
+"""The dense feed-forward network of one layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lape_fast.errors import ArchitectureError
+from lape_fast.models.layouts import WEIGHT_DTYPES, DenseLayout
+
+
+class FFN:
+    """The feed-forward network of one layer: its projections, its weights in one orientation, and its place.
+
+    The weights and biases are views of the live parameters, made anew at every access: write through them under
+    ``torch.no_grad()`` and the model changes. They stay valid while the FFN is replaced.
+
+    Attributes:
+        layer: the layer's number, from 0.
+        activation: "silu", "gelu", "gelu_tanh" or "relu".
+        gated: whether there is an up projection.
+        experts: 1, as in a mixture of experts it is more.
+        neurons: F.
+        hidden_size: D.
+        projections: the original projection modules by name: "gate", "up" and "down"; "gate_up" and "down" where
+            they are fused; "gate" and "down" without a gate. A module that replaces the FFN owns them by
+            ``self.projections = nn.ModuleDict(ffn.projections)``, so that ``parameters()`` and ``to()`` find them.
+    """
+
+    experts = 1
+
+    def __init__(self, number: int, layer: nn.Module, layout: DenseLayout, activation: str) -> None:
+        self.layer = number
+        self.activation = activation
+        self.gated = layout.up is not None
+        self._layout = layout
+        self._parent = layer
+        self._gate = self._projection(layout.gate)
+        self._up = self._projection(layout.up) if self.gated else None
+        self._down = self._projection(layout.down)
+        self.hidden_size, self.neurons = self.down_weight.shape  # [D, F]
+        if layout.fused:
+            self.projections = {"gate_up": self._gate, "down": self._down}
+        else:
+            named = {"gate": self._gate, "up": self._up, "down": self._down}
+            self.projections = {name: module for name, module in named.items() if module is not None}
+        self._originals = {path: layer.get_submodule(path) for path in (layout.replaced, *layout.identities)}
+        self._installed: dict[str, nn.Module] | None = None
+
+    @property
+    def gate_weight(self) -> torch.Tensor:
+        """[F, D]"""
+        return self._part(self._oriented(self._gate.weight), 0)
+
+    @property
+    def up_weight(self) -> torch.Tensor | None:
+        """[F, D], or None in an ungated FFN."""
+        return self._part(self._oriented(self._up.weight), 1) if self.gated else None
+
+    @property
+    def down_weight(self) -> torch.Tensor:
+        """[D, F]"""
+        return self._oriented(self._down.weight)
+
+    @property
+    def gate_bias(self) -> torch.Tensor | None:
+        """[F], or None."""
+        return self._part(self._gate.bias, 0)
+
+    @property
+    def up_bias(self) -> torch.Tensor | None:
+        """[F], or None."""
+        return self._part(self._up.bias, 1) if self.gated else None
+
+    @property
+    def down_bias(self) -> torch.Tensor | None:
+        """[D], or None."""
+        return self._down.bias
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Applies the original input projections.
+
+        Args:
+            x: [..., D]
+
+        Returns:
+            gate before its activation and up (None in an ungated FFN), both [..., F]; not contiguous where fused.
+        """
+        if not self._layout.fused:
+            return self._gate(x), self._up(x) if self.gated else None
+        both = self._gate(x)  # [..., 2F]
+        return both[..., : self.neurons], both[..., self.neurons :]
+
+    def project_down(self, h: torch.Tensor) -> torch.Tensor:
+        """Applies the original output projection: [..., F] -> [..., D]."""
+        return self._down(h)
+
+    def outgoing(self, neurons: torch.Tensor) -> torch.Tensor:
+        """A copy of the weights by which ``neurons`` reach the rest of the model, [K, D]: their columns of down."""
+        return self.down_weight.data.t()[neurons]
+
+    def set_outgoing(self, neurons: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes what ``outgoing`` reads."""
+        self.down_weight.data.t()[neurons] = values
+
+    def replace(self, module: nn.Module) -> None:
+        """Puts ``module`` where this FFN is computed, until ``restore``.
+
+        Args:
+            module: maps the FFN's input [..., D] to its output [..., D]; OPT flattens the leading dimensions to one.
+
+        Raises:
+            ArchitectureError: the FFN is replaced already, by this object or by something else.
+        """
+        for path, original in self._originals.items():
+            if self._parent.get_submodule(path) is not original:
+                raise ArchitectureError(
+                    f"The FFN of layer {self.layer} is already replaced: {path} now holds "
+                    f"{type(self._parent.get_submodule(path)).__name__}; restore it first."
+                )
+        installed = {self._layout.replaced: module} | {path: nn.Identity() for path in self._layout.identities}
+        self._put(installed)
+        self._installed = installed
+
+    def restore(self) -> None:
+        """Puts the original modules back; does nothing if they are in place.
+
+        Raises:
+            ArchitectureError: something else has replaced the module that ``replace`` installed.
+        """
+        if self._installed is None:
+            return
+        for path, module in self._installed.items():
+            if self._parent.get_submodule(path) is not module:
+                raise ArchitectureError(
+                    f"The FFN of layer {self.layer} cannot be restored: {path} now holds "
+                    f"{type(self._parent.get_submodule(path)).__name__}, put there by something else; undo that first."
+                )
+        self._put(self._originals)
+        self._installed = None
+
+    def _put(self, modules: dict[str, nn.Module]) -> None:
+        for path, module in modules.items():
+            parent, _, name = path.rpartition(".")
+            setattr(self._parent.get_submodule(parent), name, module)
+
+    def _oriented(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.t() if self._layout.transposed else weight
+
+    def _part(self, tensor: torch.Tensor | None, part: int) -> torch.Tensor | None:
+        # Slices rather than chunk: autograd refuses in-place writes to the views that chunk returns.
+        if tensor is None or not self._layout.fused:
+            return tensor
+        return tensor[part * self.neurons : (part + 1) * self.neurons]
+
+    def _projection(self, path: str) -> nn.Module:
+        from transformers.pytorch_utils import Conv1D
+
+        try:
+            projection = self._parent.get_submodule(path)
+        except AttributeError as error:
+            raise ArchitectureError(
+                f"Layer {self.layer} has no {path}, so its FFN has been replaced or its code differs from the one the "
+                "table describes; restore the original FFN, or correct the row in lape_fast/models/layouts.py."
+            ) from error
+        if not isinstance(projection, Conv1D if self._layout.transposed else nn.Linear):
+            raise ArchitectureError(
+                f"{path} of layer {self.layer} is a {type(projection).__name__} where a plain projection is needed; "
+                "restore the original FFN, or merge and unload the adapter that wraps it."
+            )
+        if projection.weight.dtype not in WEIGHT_DTYPES:
+            raise ArchitectureError(
+                f"{path} of layer {self.layer} stores its weight as {projection.weight.dtype}, so it is quantised; "
+                "load the model in float16, bfloat16 or float32."
+            )
+        return projection

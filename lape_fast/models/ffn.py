@@ -1,0 +1,101 @@
+"""The feed-forward networks of a model: found by the table of layouts, and computed by other modules for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from lape_fast.errors import ArchitectureError
+from lape_fast.models.dense import FFN
+from lape_fast.models.experts import ExpertFFN
+from lape_fast.models.hidden_states import decoder
+from lape_fast.models.layouts import ACTIVATION_NAMES, DenseLayout, ExpertLayout, Layout, layout_of
+
+# The class that reads each kind of row.
+_KINDS = {DenseLayout: FFN, ExpertLayout: ExpertFFN}
+
+
+def find_ffns(model: nn.Module) -> list[FFN] | list[ExpertFFN]:
+    """The FFN of every layer, in order: all dense or all mixtures of experts.
+
+    Raises:
+        ArchitectureError: unknown architecture or activation, projections that are quantised, wrapped or already
+            replaced, a config whose code goes around the projections, or dense layers in a mixture of experts.
+
+    Example:
+        >>> find_ffns(model)[0].gate_weight.shape  # [F, D]
+    """
+    layout, base = layout_of(model), decoder(model)
+    for field in layout.must_be_off:
+        if getattr(base.config, field):
+            raise ArchitectureError(
+                f"This {model.config.model_type} model has {field} switched on in its config, which makes it compute "
+                f"around its projection modules; load it with {field} set to false."
+            )
+    kind, activation = _KINDS[type(layout)], _activation(layout, base.config)
+    return [kind(number, layer, layout, activation) for number, layer in enumerate(base.get_submodule(layout.layers))]
+
+
+def dense_ffns(model: nn.Module) -> list[FFN]:
+    """``find_ffns`` for what works on the projections of a dense FFN, as tuning does.
+
+    Raises:
+        ArchitectureError: as ``find_ffns``, or the model is a mixture of experts.
+    """
+    if isinstance(layout_of(model), ExpertLayout):
+        raise ArchitectureError(
+            f"This {model.config.model_type} model is a mixture of experts, whose neurons can be counted, selected and "
+            "switched off but not tuned; tune a dense model."
+        )
+    return find_ffns(model)
+
+
+def check_neurons(ffns: Sequence[FFN] | Sequence[ExpertFFN], neurons: Sequence[torch.Tensor]) -> None:
+    """Makes sure that there is one index tensor per layer and that every index is a neuron of it.
+
+    Raises:
+        ArchitectureError: the number of layers or an index does not fit the model.
+    """
+    if len(neurons) != len(ffns):
+        raise ArchitectureError(
+            f"The neurons are given for {len(neurons)} layers, but the model has {len(ffns)}; use neurons that were "
+            "identified on this model."
+        )
+    for ffn, chosen in zip(ffns, neurons, strict=True):
+        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < ffn.neurons:
+            raise ArchitectureError(
+                f"The neurons {int(chosen.min())} to {int(chosen.max())} of layer {ffn.layer} are not all in the "
+                f"model, which has {ffn.neurons} neurons per layer; use neurons that were identified on this model."
+            )
+
+
+@contextlib.contextmanager
+def replaced(ffns: Sequence[FFN] | Sequence[ExpertFFN], modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Computes ``ffns`` by ``modules`` inside the ``with`` block, and restores them on the way out, whatever happens.
+
+    Args:
+        ffns: FFNs that are not replaced yet.
+        modules: one per FFN, called as the FFN's ``replace`` says.
+
+    Raises:
+        ArchitectureError: the numbers differ, or an FFN is replaced already.
+    """
+    if len(ffns) != len(modules):
+        raise ArchitectureError(f"There are {len(ffns)} FFNs but {len(modules)} modules; give one module per FFN.")
+    with contextlib.ExitStack() as installed:
+        for ffn, module in zip(ffns, modules, strict=True):
+            ffn.replace(module)
+            installed.callback(ffn.restore)
+        yield
+
+
+def _activation(layout: Layout, config) -> str:
+    name = layout.activation_name or getattr(config, layout.activation_field)
+    if name not in ACTIVATION_NAMES:
+        raise ArchitectureError(
+            f"The FFN's activation {name!r} is not supported; the supported ones are {', '.join(ACTIVATION_NAMES)}."
+        )
+    return ACTIVATION_NAMES[name]
