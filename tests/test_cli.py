@@ -21,7 +21,7 @@ TEXTS = {
     "rus_Cyrl": "Кошка номер {} сидела на коврике.",
 }
 LOOSE = ["--top-rate", "0.5", "--filter-rate", "0.5", "--activation-bar", "0.5"]
-COMMANDS = ["identify", "count", "select", "tune", "evaluate", "ablate", "merge", "convert", "info", "demo"]
+COMMANDS = ["identify", "count", "select", "tune", "evaluate", "ablate", "merge", "convert", "corpora", "info", "demo"]
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +199,13 @@ def test_python_m_is_the_same_program_and_info_tells_what_is_here():
     facts = json.loads(done.stdout)
     assert facts["packages"]["torch"]
     assert {"cpu_backend", "gpu_backend", "gpus"} <= facts.keys()
+
+
+def test_known_corpora_are_listed():
+    rows = json.loads(run("corpora", "--json"))
+    assert {"glotcc", "fineweb-2", "wikipedia"} <= {row["name"] for row in rows}
+    printed = run("corpora")
+    assert all(row["name"] in printed and row["note"].split()[0] in printed for row in rows)
 
 
 def test_help_starts_without_loading_torch():

@@ -34,6 +34,7 @@ COMMANDS = (
     study.ablate,
     tune.merge,
     identify.convert,
+    tour.corpora,
     tour.info,
     tour.demo,
 )

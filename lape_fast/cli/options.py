@@ -41,7 +41,8 @@ CorpusSpec = Annotated[
     list[str],
     typer.Option(
         "--corpus",
-        help="Folder of text files named by language code, a file, a hub id, or `cldr` (built in); may be repeated.",
+        help="Folder of text files named by language code, a file, a hub id, a name from `lape-fast corpora`, or "
+        "`cldr` (built in); may be repeated: the text of a language is that of each in turn.",
     ),
 ]
 Lines = Annotated[str | None, typer.Option("--lines", help="Use only these lines of each file, as in 1-1597.")]

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from lape_fast.cli.options import Json
 from lape_fast.terminal import print_facts, print_json
@@ -23,6 +25,29 @@ def info(
 
     facts = describe_file(file) if file else describe_installation()
     print_facts(file or "lape_fast", facts, as_json)
+
+
+def corpora(as_json: Json = False) -> None:
+    """List the corpora on the Hugging Face hub that `--corpus` takes by a short name.
+
+    Any other data set with one configuration a language can be named by its hub id, with `--text-column`.
+
+    Example: lape-fast corpora
+    """
+    from lape_fast.text.corpora import CORPORA
+
+    rows = [row.describe() for row in CORPORA]
+    if as_json:
+        print_json(rows)
+        return
+    shown = ("name", "hub_id", "addressing", "code", "text_column", "split", "licence", "gated")
+    table = Table(*(column.replace("_", " ") for column in shown))
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in shown[:-1]), "yes" if row["gated"] else "no")
+    console = Console()
+    console.print(table)
+    for row in rows:
+        console.print(f"{row['name']}: {row['note']}", highlight=False)
 
 
 def demo(

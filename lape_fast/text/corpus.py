@@ -12,6 +12,7 @@ from typing import Any
 from lape_fast.errors import CorpusError, LanguageError
 from lape_fast.files import json_hash
 from lape_fast.text import cldr
+from lape_fast.text.corpora import CORPORA, known_corpus
 from lape_fast.text.folder import folder_source
 from lape_fast.text.hub import hub_source
 from lape_fast.text.languages import canonical, language_name, nearest
@@ -34,8 +35,9 @@ def open_corpus(
 
     Args:
         spec: ``cldr`` for the built-in corpus; a folder, read recursively, whose files are named by language code
-            (``mlt_Latn.txt``, ``mt.jsonl.gz``); one such file; or the hub id of a data set with one configuration
-            a language. Of several in a list, a language's text is that of each in turn.
+            (``mlt_Latn.txt``, ``mt.jsonl.gz``); one such file; a corpus that ``lape-fast corpora`` lists, such as
+            ``glotcc``; or the hub id of a data set with one configuration a language. Of several in a list, a
+            language's text is that of each in turn.
         lines: a range such as ``1-1597``, counted from 1, of the lines or records of each file (of each language in
             the built-in corpus and on the hub).
         languages: the codes to keep, in any style; None keeps all. Each must be in one of the corpora at least.
@@ -162,11 +164,14 @@ def _find_source(spec: str | os.PathLike, lines: LineRange, text_column: str | N
         return _built_in_source(lines)
     if path.exists():
         return folder_source(path, lines, text_column)
+    known = known_corpus(str(spec))
+    if known:
+        return hub_source(known.hub_id, lines, text_column or known.text_column, known.addressing, known.split)
     if isinstance(spec, str) and _HUB_ID.fullmatch(spec):
         return hub_source(spec, lines, text_column)
     raise CorpusError(
-        f"The corpus {str(spec)!r} does not exist; name a folder, a file, a hub id like 'owner/name', or '{BUILT_IN}' "
-        "for the built-in text."
+        f"The corpus {str(spec)!r} does not exist; name a folder, a file, '{BUILT_IN}' for the built-in text, a hub id "
+        f"like 'owner/name', or one of {', '.join(row.name for row in CORPORA)}."
     )
 
 

@@ -1,133 +1,154 @@
-"""Corpora on the Hugging Face hub, streamed: one configuration a language, as FineWeb-2 and Wikipedia have it."""
+"""Corpora on the Hugging Face hub, streamed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lape_fast.errors import CorpusError
-from lape_fast.text.languages import canonical, is_language
+from lape_fast.text.addressing import Addressing, Configurations, HubDataset
 from lape_fast.text.records import LineRange, texts_of_records
 from lape_fast.text.streams import Source
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
+# Seconds in which the hub must have answered for the first time.
+TIMEOUT = 20
 
-def hub_source(name: str, lines: LineRange, text_column: str | None) -> Source:
-    """The text of a data set on the hub that has one configuration a language.
+
+def hub_source(
+    name: str,
+    lines: LineRange,
+    text_column: str | None,
+    addressing: Addressing = Configurations(),  # noqa: B008 (it is frozen)
+    split: str = "train",
+) -> Source:
+    """The text of a data set on the hub.
 
     Args:
         name: a hub id such as ``HuggingFaceFW/fineweb-2``, or the folder of a data set.
         lines: which records of each language to read.
         text_column: the column of the text; None means ``text``, else ``content``.
+        addressing: how the data set addresses its languages.
+        split: the split to read; where it is missing, the first one is read.
 
     Raises:
-        CorpusError: the data set cannot be reached, or none of its configurations is named by a language.
+        CorpusError: the data set cannot be reached, its terms were not accepted, or it has no language.
     """
-    configurations = hub_configurations(name)
+    dataset = find_dataset(name)
+    try:
+        addresses = addressing.languages(dataset, split)
+    except CorpusError:
+        raise
+    except _failures() as error:
+        raise _unreachable(name, error) from error
 
     def parts(language: str) -> list[HubPart]:
-        return [HubPart(name, configurations[language], lines, text_column)]
+        title = f"{name} ({language})"
+        return [HubPart(title, dataset, addressing, addresses[language], split, lines, text_column)]
 
-    def content(languages: list[str]) -> list[str]:
-        return hub_revision(name, configurations[languages[0]]) if languages else []
-
-    return Source(name, sorted(configurations), parts, content)
+    return Source(name, sorted(addresses), parts, lambda languages: dataset.revision or _sizes(dataset))
 
 
-def hub_configurations(name: str) -> dict[str, str]:
-    """The configurations of a data set that are named by a language: canonical code -> configuration.
-
-    Args:
-        name: a hub id such as ``HuggingFaceFW/fineweb-2``, or the folder of a data set.
+def find_dataset(name: str) -> HubDataset:
+    """Looks a data set up: on the hub, its newest commit; in a folder, its files.
 
     Raises:
-        CorpusError: the data set cannot be reached, or none of its configurations is named by a language.
+        CorpusError: there is none of that name that this user may read.
     """
-    import datasets
+    folder = Path(name)
+    if folder.is_dir():
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        return HubDataset(name, None, tuple(sorted(files)), str(folder))
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError
 
+    # The first request is one that is not retried: `datasets` would take half a minute to say that there is no network.
+    api = HfApi()
     try:
-        configurations = datasets.get_dataset_config_names(name)
-    except (OSError, ValueError) as error:
+        info = api.dataset_info(name, timeout=TIMEOUT)
+        if info.gated:
+            api.auth_check(name, repo_type="dataset")
+    except GatedRepoError as error:
         raise CorpusError(
-            f"{name!r} is no file or folder, and no data set of that name can be reached on the Hugging Face hub "
-            f"({error}); check the spelling, the network and, for a gated data set, your access."
+            f"The data set {name!r} is gated: accept its terms on {api.endpoint}/datasets/{name}, and log in with "
+            "`hf auth login` or set HF_TOKEN."
         ) from error
-    # Several snapshots of a language (20220301.mt, 20231101.mt): the last in order is the newest, and stays.
-    languages = {canonical(each): each for each in sorted(configurations) if is_language(each)}
-    if not languages:
-        raise CorpusError(
-            f"The data set {name!r} has no configuration named by a language code, only: "
-            f"{', '.join(configurations[:10])}; download it into a folder with one file a language."
-        )
-    return languages
-
-
-def hub_revision(name: str, configuration: str) -> list[str]:
-    """The files behind a configuration; their addresses hold the commit, so that a changed data set is noticed."""
-    import datasets
-
-    files = datasets.load_dataset_builder(name, configuration).config.data_files or {}
-    return [f"{split}: {file}" for split in sorted(files) for file in files[split]]
-
-
-def open_stream(name: str, configuration: str) -> IterableDataset:
-    """Opens one configuration for streaming: its split ``train``, or its first where there is none."""
-    import datasets
-
-    try:
-        splits = datasets.load_dataset(name, configuration, streaming=True)
-    except (OSError, ValueError) as error:
-        raise CorpusError(
-            f"The configuration {configuration!r} of {name!r} cannot be opened ({error}); try again."
-        ) from error
-    return splits["train"] if "train" in splits else next(iter(splits.values()))
+    # The errors of the network have no class of their own: each release of the library wraps another client.
+    except Exception as error:
+        raise _unreachable(name, error) from error
+    files = tuple(sorted(file.rfilename for file in info.siblings or ()))
+    return HubDataset(name, info.sha, files, f"hf://datasets/{name}@{info.sha}")
 
 
 @dataclass(frozen=True)
 class HubPart:
-    """One configuration of a data set; arguments as for ``hub_source``."""
+    """One language of a data set; ``address`` is what ``addressing`` found for it, ``title`` is for messages."""
 
-    name: str
-    configuration: str
+    title: str
+    dataset: HubDataset
+    addressing: Addressing
+    address: Any
+    split: str
     lines: LineRange
     text_column: str | None
 
     def open(self, shard: int, shards: int, state: dict[str, Any] | None) -> _HubReading:
         from datasets.distributed import split_dataset_by_node
 
-        dataset = open_stream(self.name, self.configuration)
+        try:
+            stream = self.addressing.open(self.dataset, self.split, self.address)
+        except _failures() as error:
+            raise CorpusError(f"{self.title} cannot be opened ({error}); try again.") from error
         strategy = "auto"
         if self.lines != LineRange():
-            dataset = dataset.skip(self.lines.first - 1)
+            stream = stream.skip(self.lines.first - 1)
             if self.lines.last is not None:
-                dataset = dataset.take(self.lines.last - self.lines.first + 1)
+                stream = stream.take(self.lines.last - self.lines.first + 1)
             # Dealing whole files would take a share of the lines from each of them.
             strategy = "examples"
-        dataset = split_dataset_by_node(dataset, shard, shards, strategy=strategy)
+        stream = split_dataset_by_node(stream, shard, shards, strategy=strategy)
         if state is not None:
-            dataset.load_state_dict(state)
-        return _HubReading(dataset, self.text_column, f"{self.name} ({self.configuration})")
+            stream.load_state_dict(state)
+        return _HubReading(stream, self.text_column, self.title)
 
 
 class _HubReading:
     # The library deals the records itself.
     numbered = 0
 
-    def __init__(self, dataset: IterableDataset, text_column: str | None, source: str) -> None:
-        self._dataset = dataset
+    def __init__(self, stream: IterableDataset, text_column: str | None, title: str) -> None:
+        self._stream = stream
         self._text_column = text_column
-        self._source = source
+        self._title = title
 
     def __iter__(self) -> Iterator[str]:
         try:
-            yield from texts_of_records(self._dataset, self._text_column, self._source)
+            yield from texts_of_records(self._stream, self._text_column, self._title)
         except CorpusError:
             raise
-        except (OSError, ValueError) as error:
-            raise CorpusError(f"{self._source} cannot be read to its end ({error}); resume or try again.") from error
+        except _failures() as error:
+            raise CorpusError(f"{self._title} cannot be read to its end ({error}); resume or try again.") from error
 
     def state(self) -> dict[str, Any]:
-        return self._dataset.state_dict()
+        return self._stream.state_dict()
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    from datasets.exceptions import DatasetsError
+
+    return (OSError, ValueError, RuntimeError, DatasetsError)
+
+
+def _unreachable(name: str, error: Exception) -> CorpusError:
+    return CorpusError(
+        f"{name!r} is no file or folder, and no data set of that name can be reached on the Hugging Face hub "
+        f"({error}); check the spelling, the network and, for a private data set, your access."
+    )
+
+
+def _sizes(dataset: HubDataset) -> list:
+    return [[file, Path(dataset.name, file).stat().st_size] for file in dataset.files]

@@ -280,6 +280,39 @@ def test_fingerprint_follows_the_text_and_not_the_place(tmp_path):
     assert fingerprint() not in different
 
 
+def test_several_corpora_follow_each_other(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_txt(first / "mlt_Latn.txt", ["first 1", "first 2", "first 3"])
+    write_txt(first / "cym_Latn.txt", ["cymraeg"])
+    write_txt(first / "isl_Latn.txt", [])
+    write_txt(second / "mt.txt", ["second 1", "second 2", "second 3"])
+    write_txt(second / "isl_Latn.txt", ["íslenska"])
+    write_txt(second / "README.txt")
+    corpus = open_corpus([first, second], lines="1-2")
+    assert corpus.languages == ["cym_Latn", "isl_Latn", "mlt_Latn"]
+    assert list(corpus.documents("mlt_Latn")) == ["first 1", "first 2", "second 1", "second 2"]
+    assert list(corpus.documents("isl_Latn")) == ["íslenska"]
+    assert len(corpus.ignored) == 1
+    assert open_corpus([second, first], languages=["cy"]).languages == ["cym_Latn"]
+    assert len(open_corpus([str(first), "cldr"], languages=["is"]).describe()["languages"]) == 1
+    with pytest.raises(CorpusError, match=f"{first} \\+ {second} has no language 'fra_Latn' among its 3"):
+        open_corpus([first, second], languages=["fra_Latn"])
+    with pytest.raises(CorpusError, match="No corpus was named"):
+        open_corpus([])
+
+
+def test_fingerprint_covers_every_corpus_and_their_order(tmp_path):
+    first, second = write_txt(tmp_path / "a" / "mt.txt", ["one"]), write_txt(tmp_path / "b" / "mt.txt", ["other"])
+    specs = ([first], [second], [first, second], [second, first], [first, "cldr"])
+    descriptions = [open_corpus(spec, languages=["mt"]).describe() for spec in specs]
+    assert len({description["fingerprint"] for description in descriptions}) == 5
+    assert descriptions[2]["spec"] == f"{first} + {second}"
+    assert {frozenset(description) for description in descriptions} == {
+        frozenset({"spec", "lines", "languages", "text_column", "fingerprint"})
+    }
+    assert open_corpus(first).describe() == open_corpus([first]).describe()
+
+
 def test_documents_are_streamed(tmp_path):
     path = write_txt(tmp_path / "mlt_Latn.txt", ["sentenza"] * 200_000)
     # A bad byte at the far end is not reached by a reader that takes only the first document.
