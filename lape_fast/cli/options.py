@@ -105,9 +105,9 @@ def open_text(specs: list[str], lines: str | None, languages: str | None, text_c
 
 def load(model: str, dtype: str, device: str | None, sharded: bool = False):
     """The model and the tokenizer that a command was given."""
-    from lape_fast.models import load_model
+    from lape_fast.models import load_model, load_sharded_model
 
-    return load_model(model, dtype=dtype, device=device)
+    return (load_sharded_model if sharded else load_model)(model, dtype=dtype, device=device)
 
 
 def split_codes(languages: str | None) -> list[str] | None:

@@ -6,6 +6,7 @@ from lape_fast.models.ffn import check_neurons, dense_ffns, find_ffns, replaced
 from lape_fast.models.hidden_states import decoder, forward_hidden, supports_packing, without_final_norm
 from lape_fast.models.layouts import layout_of
 from lape_fast.models.loading import load_model, model_identity, tokenizer_hash
+from lape_fast.models.sharding import load_sharded_model
 
 __all__ = [
     "FFN",
@@ -17,6 +18,7 @@ __all__ = [
     "forward_hidden",
     "layout_of",
     "load_model",
+    "load_sharded_model",
     "model_identity",
     "replaced",
     "supports_packing",

@@ -1,4 +1,4 @@
-"""Models larger than one device: each process holds a share of every layer (FSDP2) and borrows the rest as it computes."""
+"""Models larger than one device: each process holds a share of every layer and borrows the rest as it runs (FSDP2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lape_fast.errors import ConfigError
-from lape_fast.models.layouts import decoder, layout_of
+from lape_fast.models.hidden_states import decoder
+from lape_fast.models.layouts import layout_of
 from lape_fast.models.loading import load_model
 
 

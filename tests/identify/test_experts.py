@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lape_fast.identify import ActivationCounts, NeuronSet, count_activations, identify_neurons
+from lape_fast.identify import ActivationCounts, CountingSettings, NeuronSet, count_activations, identify_neurons
 from lape_fast.identify.counting_ffn import CountingExperts
 from lape_fast.models import find_ffns, forward_hidden, load_model
 from lape_fast.text import open_corpus, tokenize
@@ -63,7 +63,7 @@ def counts_by_hand(model, corpus):
 def test_counts_equal_a_plain_loop_over_documents_tokens_and_experts(model_type, corpus):
     # fp64, so that rounding in another order moves no gate across zero.
     model = tiny_model(model_type, dtype=torch.float64)
-    counts = count_activations(model, tiny_tokenizer(), corpus, context_length=96, batch_tokens=64)
+    counts = count_activations(model, tiny_tokenizer(), corpus, CountingSettings(context_length=96, batch_tokens=64))
     positive, tokens = counts_by_hand(model, corpus)
     assert torch.equal(counts.tokens, tokens)
     assert torch.equal(counts.positive, positive)
