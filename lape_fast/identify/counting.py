@@ -23,7 +23,7 @@ from lape_fast.identify.chunks import CountingSettings, Group, Position, Shard, 
 from lape_fast.identify.counting_ffn import by_language, count_batch, counting_ffns, set_by_language, zero_counts
 from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.distributed import World
-from lape_fast.identify.merging import describe_source
+from lape_fast.identify.merging import counted_shards
 from lape_fast.identify.prefetch import prefetch
 from lape_fast.identify.stability import is_stable, measure_stability
 from lape_fast.models import model_identity, tokenizer_hash
@@ -197,7 +197,7 @@ class _Run:
                 language: {**measured, "ended": self._ending(language, positions)}
                 for language, measured in measure_stability(counts, self.settings.rule).items()
             },
-            "sources": [describe_source(self.corpus, self.settings)],
+            "shards": counted_shards(self.corpus, self.settings),
             "skipped_files": sorted({bad for position in positions.values() for bad in position.bad_files}),
             "speed": {
                 "seconds": round(seconds, 3),

@@ -89,10 +89,6 @@ class Corpus:
         self._lines = lines
         self._text_column = text_column
         self._parts = {language: _parts_of(language, sources, self.name) for language in self.languages}
-        self._text_ids = {
-            language: [json_hash(source.content([language])) for source in sources if language in source.languages]
-            for language in self.languages
-        }
         self._content = [
             source.content([each for each in self.languages if each in source.languages]) for source in sources
         ]
@@ -143,10 +139,6 @@ class Corpus:
         (language,) = _choose([language], self._parts, self.name)
         parts = self._parts[language]
         return DocumentStream(language, parts, shard=shard, shards=shards, seed=seed, skip_bad_files=skip_bad_files)
-
-    def text_ids(self, language: str) -> list[str]:
-        """One hash for each text that a language consists of: two corpora that share one hold the same documents."""
-        return self._text_ids[language]
 
     def describe(self) -> dict[str, Any]:
         """JSON for the metadata of files made from this corpus.
