@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from lape_fast.text.corpus import Corpus, open_corpus
+from lape_fast.text.corpus import Corpus, open_corpus, overlap
 from lape_fast.text.languages import canonical, convert, is_language, language_name, nearest
 from lape_fast.text.packing import Packed, pack, pack_for_model, tokenize
+from lape_fast.text.streams import DocumentStream
 
 __all__ = [
     "Corpus",
+    "DocumentStream",
     "Packed",
     "canonical",
     "convert",
@@ -15,6 +17,7 @@ __all__ = [
     "language_name",
     "nearest",
     "open_corpus",
+    "overlap",
     "pack",
     "pack_for_model",
     "tokenize",

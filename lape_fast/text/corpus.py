@@ -41,7 +41,8 @@ def open_corpus(
         lines: a range such as ``1-1597``, counted from 1, of the lines or records of each file (of each language in
             the built-in corpus and on the hub).
         languages: the codes to keep, in any style; None keeps all. Each must be in one of the corpora at least.
-        text_column: the field of the text in jsonl, parquet and hub records; None means ``text``, else ``content``.
+        text_column: the field of the text in jsonl, parquet and hub records; None means that of the listed corpus,
+            elsewhere ``text``, else ``content``.
 
     Raises:
         CorpusError: no such corpus, nothing in it, or a language that it lacks.
@@ -89,9 +90,7 @@ class Corpus:
         self._lines = lines
         self._text_column = text_column
         self._parts = {language: _parts_of(language, sources, self.name) for language in self.languages}
-        self._content = [
-            source.content([each for each in self.languages if each in source.languages]) for source in sources
-        ]
+        self._content = {language: _content_of(language, sources) for language in self.languages}
 
     def documents(self, language: str) -> Iterator[str]:
         """The documents of one language, from the first, none of them blank.
@@ -140,6 +139,16 @@ class Corpus:
         parts = self._parts[language]
         return DocumentStream(language, parts, shard=shard, shards=shards, seed=seed, skip_bad_files=skip_bad_files)
 
+    def shard_id(self, language: str, shard: int = 0, shards: int = 1) -> dict[str, Any]:
+        """JSON that says which documents a shard of a language holds; ``overlap`` compares two of them.
+
+        Unlike the fingerprint it does not depend on which other languages were chosen, so that two runs over different
+        languages are seen to share the text of this one.
+        """
+        (language,) = _choose([language], self._parts, self.name)
+        parts = [json_hash(item)[:16] for item in self._content[language]]
+        return {"parts": parts, "lines": str(self._lines), "shard": shard, "shards": shards}
+
     def describe(self) -> dict[str, Any]:
         """JSON for the metadata of files made from this corpus.
 
@@ -148,6 +157,20 @@ class Corpus:
         """
         choice = {"lines": str(self._lines), "languages": self.languages, "text_column": self._text_column}
         return {"spec": self.name, **choice, "fingerprint": json_hash({**choice, "content": self._content})}
+
+
+def overlap(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two shards of one language, each described by ``Corpus.shard_id``, can have a document in common.
+
+    They have none if they read different files, different lines of them, or are different shards of the same deal.
+    As in the fingerprint, a file is known by its path within the corpus and its size.
+    """
+    if not set(first["parts"]) & set(second["parts"]):
+        return False
+    if not LineRange.parse(first["lines"]).meets(LineRange.parse(second["lines"])):
+        return False
+    same_deal = all(first[key] == second[key] for key in ("parts", "lines", "shards"))
+    return not (same_deal and first["shard"] != second["shard"])
 
 
 def _find_source(spec: str | os.PathLike, lines: LineRange, text_column: str | None) -> Source:
@@ -171,7 +194,8 @@ def _built_in_source(lines: LineRange) -> Source:
     def parts(language: str) -> list[LocalPart]:
         return [LocalPart(functools.partial(_composed_from, language, lines))]
 
-    return Source(BUILT_IN, cldr.cldr_languages(), parts, lambda languages: cldr.cldr_version())
+    version = cldr.cldr_version()
+    return Source(BUILT_IN, cldr.cldr_languages(), parts, lambda language: [[version, language]])
 
 
 def _composed_from(language: str, lines: LineRange, start: int) -> Iterator[str]:
@@ -186,6 +210,10 @@ def _parts_of(language: str, sources: Sequence[Source], corpus: str) -> list[Par
             "fill or remove them, or leave the language out."
         )
     return parts
+
+
+def _content_of(language: str, sources: Sequence[Source]) -> list[Any]:
+    return [item for source in sources if language in source.languages for item in source.content(language)]
 
 
 def _choose(wanted: Iterable[str] | None, available: Iterable[str], corpus: str) -> list[str]:

@@ -38,8 +38,8 @@ def folder_source(path: Path, lines: LineRange, text_column: str | None) -> Sour
         read = functools.partial(_documents_from, lines=lines, text_column=text_column)
         return [LocalPart(functools.partial(read, file)) for file in files[language] if _size(file)]
 
-    def content(languages: list[str]) -> list:
-        return [[file.relative_to(root).as_posix(), _size(file)] for each in languages for file in files[each]]
+    def content(language: str) -> list:
+        return [[file.relative_to(root).as_posix(), _size(file)] for file in files[language] if _size(file)]
 
     return Source(str(path), sorted(files), parts, content, ignored)
 

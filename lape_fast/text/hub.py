@@ -50,7 +50,9 @@ def hub_source(
         title = f"{name} ({language})"
         return [HubPart(title, dataset, addressing, addresses[language], split, lines, text_column)]
 
-    return Source(name, sorted(addresses), parts, lambda languages: dataset.revision or _sizes(dataset))
+    # The address within the commit; a folder has no commit, and its files' sizes must do.
+    version = [dataset.revision] if dataset.revision else _sizes(dataset)
+    return Source(name, sorted(addresses), parts, lambda language: [[version, addresses[language], split]])
 
 
 def find_dataset(name: str) -> HubDataset:

@@ -110,6 +110,10 @@ class LineRange:
     def __str__(self) -> str:
         return f"{self.first}-{'' if self.last is None else self.last}"
 
+    def meets(self, other: LineRange) -> bool:
+        """Whether a line lies in both ranges."""
+        return all(a.last is None or b.first <= a.last for a, b in ((self, other), (other, self)))
+
     def of(self, items: Iterable) -> Iterator:
         """The items of an iterable that lie in the range."""
         return itertools.islice(items, self.first - 1, self.last)

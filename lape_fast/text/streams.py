@@ -172,12 +172,12 @@ class Source:
         name: what it was opened as.
         languages: canonical codes.
         parts: what a language's text consists of, in order; nothing for a language whose files are all empty.
-        content: JSON that changes when the text of these languages changes.
+        content: JSON for each part of a language, in order, that changes when its text changes.
         ignored: the files that were left out, each with the reason.
     """
 
     name: str
     languages: Sequence[str]
     parts: Callable[[str], Sequence[Part]]
-    content: Callable[[list[str]], Any]
+    content: Callable[[str], list[Any]]
     ignored: Sequence[str] = ()

@@ -13,7 +13,7 @@ import zstandard
 from pyarrow import parquet
 
 from lape_fast.errors import ConfigError, CorpusError
-from lape_fast.text import open_corpus
+from lape_fast.text import open_corpus, overlap
 
 SENTENCES = ["L-ewwel sentenza.", "It-tieni waħda.", "It-tielet.", "Ir-raba’ u l-aħħar."]
 
@@ -311,6 +311,32 @@ def test_fingerprint_covers_every_corpus_and_their_order(tmp_path):
         frozenset({"spec", "lines", "languages", "text_column", "fingerprint"})
     }
     assert open_corpus(first).describe() == open_corpus([first]).describe()
+
+
+def test_overlapping_shards_are_known_by_their_ids(tmp_path):
+    first = write_txt(tmp_path / "first" / "mlt_Latn.txt")
+    write_txt(tmp_path / "first" / "cym_Latn.txt")
+    second = write_txt(tmp_path / "second" / "mlt_Latn.txt", ["Oħra."])
+
+    def shard(spec=first.parent, number=0, shards=2, **options):
+        identity = open_corpus(spec, **options).shard_id("mt", number, shards)
+        return json.loads(json.dumps(identity))
+
+    whole = shard(shards=1)
+    assert overlap(whole, whole)
+    assert overlap(whole, shard(languages=["mt"], shards=1))
+    assert overlap(whole, shard(number=1))
+    assert not overlap(shard(number=0), shard(number=1))
+    # A deal among three has nothing to do with one among two.
+    assert overlap(shard(number=0), shard(number=1, shards=3))
+    assert not overlap(whole, shard(second.parent, shards=1))
+    assert overlap(whole, shard([first.parent, second.parent], shards=1))
+    assert overlap(shard(number=0), shard([second.parent, first.parent], number=1))
+    assert not overlap(shard(lines="1-2"), shard(lines="3-"))
+    assert overlap(shard(lines="1-2"), shard(lines="2-"))
+    assert overlap(shard(lines="2"), shard(lines="1-3", number=1))
+    assert overlap(shard("cldr"), shard("cldr", lines="1-10", number=1))
+    assert not overlap(whole, shard("cldr"))
 
 
 def test_documents_are_streamed(tmp_path):

@@ -110,7 +110,7 @@ def test_languages_are_found_among_the_files_of_one_commit(hub):
     source = hub_source("owner/free", LineRange(), None, Files("v1.0/{code}/*.parquet"))
     assert source.languages == ["mlt_Latn", "swh_Latn"]
     # The commit is what decides the text, and what every process reads.
-    assert source.content(["mlt_Latn"]) == "c0ffee"
+    assert source.content("mlt_Latn") == [[["c0ffee"], ("v1.0/mlt-Latn/mlt-Latn_1.parquet",), "train"]]
     (part,) = source.parts("mlt_Latn")
     assert part.dataset.root == "hf://datasets/owner/free@c0ffee"
     assert len(hub) == 1
