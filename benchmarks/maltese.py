@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.measure import machine_facts
 from lape_fast.files import read_json, write_json
-from lape_fast.identify import identify_neurons, select_neurons
+from lape_fast.identify import Lape, identify_neurons, select_neurons
 from lape_fast.models import load_model
 from lape_fast.study import ablate_neurons, prepare_text, score
 from lape_fast.text import open_corpus
@@ -82,9 +82,9 @@ def run(corpus: str, workspace: Path) -> dict:
     known = counts.restrict(BASE_LANGUAGES)
     selections = {
         "all languages, loose": neurons,
-        "all languages, paper": select_neurons(counts, **PRESETS["paper"]),
-        "base languages, loose": select_neurons(known, **PRESETS["loose"]),
-        "base languages, paper": select_neurons(known, **PRESETS["paper"]),
+        "all languages, paper": select_neurons(counts, Lape(**PRESETS["paper"])),
+        "base languages, loose": select_neurons(known, Lape(**PRESETS["loose"])),
+        "base languages, paper": select_neurons(known, Lape(**PRESETS["paper"])),
     }
     figures["identify"] = {
         "languages": len(counts.languages),

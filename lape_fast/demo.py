@@ -115,7 +115,7 @@ def run_demo(output: str | os.PathLike, language: str = "mlt_Latn", *, quiet: bo
     )
     summary["identify"] = {
         "tokens": int(counts.tokens.sum()),
-        "union": neurons.union(),
+        "union": neurons.union_count(),
         "neurons_total": neurons.layers * neurons.neurons_per_layer,
         "per_language": neurons.per_language(),
         "median_per_language": median(neurons.per_language().values()),

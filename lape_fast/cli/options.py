@@ -61,6 +61,11 @@ FilterRate = Annotated[
 ActivationBar = Annotated[
     float, typer.Option("--activation-bar", help="Quantile above which a neuron belongs to a language.")
 ]
+DEFAULT_RULES = ["lape"]
+RuleTexts = Annotated[
+    list[str],
+    typer.Option("--rule", help="How to select: lape, paper, tang, percentile or budget, with settings; repeatable."),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="cuda, cpu, ...; a GPU if there is one by default.")]
 Output = Annotated[Path, typer.Option("--output", help="Where to write; nothing that exists is overwritten.")]

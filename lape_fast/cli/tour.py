@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lape_fast.cli.options import Json
-from lape_fast.terminal import print_facts, print_json
+from lape_fast.terminal import print_facts, print_json, print_neuron_table
 
 
 def info(
@@ -22,7 +22,11 @@ def info(
     from lape_fast.information import describe_file, describe_installation
 
     facts = describe_file(file) if file else describe_installation()
-    print_facts(file or "lape_fast", facts, as_json)
+    if facts.get("kind") == "neurons" and not as_json:
+        print_facts(file, facts["metadata"], as_json)
+        print_neuron_table(facts)
+    else:
+        print_facts(file or "lape_fast", facts, as_json)
 
 
 def demo(

@@ -5,12 +5,18 @@ from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.identification import count_to_file, identify_neurons
 from lape_fast.identify.masks import export_masks, import_masks
 from lape_fast.identify.neurons import NeuronSet, random_like
-from lape_fast.identify.selection import select_neurons
+from lape_fast.identify.rules import RULES, Budget, Lape, Percentile, Rule, parse_rules, rule_name
+from lape_fast.identify.selection import select_many, select_neurons
 
 __all__ = [
+    "RULES",
     "ActivationCounts",
+    "Budget",
     "CountingFFN",
+    "Lape",
     "NeuronSet",
+    "Percentile",
+    "Rule",
     "count_activations",
     "count_batch",
     "count_to_file",
@@ -18,6 +24,9 @@ __all__ = [
     "export_masks",
     "identify_neurons",
     "import_masks",
+    "parse_rules",
     "random_like",
+    "rule_name",
+    "select_many",
     "select_neurons",
 ]

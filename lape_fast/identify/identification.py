@@ -11,6 +11,7 @@ from lape_fast.errors import FileExistsAlreadyError
 from lape_fast.identify.counting import count_activations, differences, fit_context, run_identity
 from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.neurons import NeuronSet
+from lape_fast.identify.rules import Lape
 from lape_fast.identify.selection import select_neurons
 from lape_fast.text import Corpus
 
@@ -35,7 +36,7 @@ def identify_neurons(
     Args:
         model, tokenizer, corpus, context_length, batch_tokens, tokens_per_language: see ``count_activations``.
         output: the folder.
-        thresholds: see ``select_neurons``.
+        thresholds: of LAPE, see ``Lape``.
 
     Raises:
         FileExistsAlreadyError: the folder holds the results of another run.
@@ -54,7 +55,7 @@ def identify_neurons(
         batch_tokens=batch_tokens,
         tokens_per_language=tokens_per_language,
     )
-    neurons = select_neurons(counts, **thresholds)
+    neurons = select_neurons(counts, Lape(**thresholds))
     path = folder / NEURONS_NAME
     if not path.exists():
         neurons.save(path)
