@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.measure import machine_facts
 from lape_fast.files import read_json, write_json
-from lape_fast.identify import CountingSettings, identify_neurons, select_neurons
+from lape_fast.identify import CountingSettings, identify_neurons, parse_rules, select_neurons
 from lape_fast.models import load_model
 from lape_fast.study import ablate_neurons, prepare_text, score
 from lape_fast.text import open_corpus
@@ -39,9 +39,9 @@ SIZE = BaseSize(hidden_size=192, neurons_per_layer=768, layers=4, heads=4, vocab
 BASE_SETTINGS = TrainingSettings(context_length=256, rows_per_step=12, steps=1500, learning_rate=3e-3, save_every=250)
 TUNE_STEPS, LEARNING_RATES, RANDOM_SEEDS = 80, (3e-4, 1e-3, 3e-3, 1e-2), (0, 1, 2)
 TOKENS_PER_LANGUAGE = 20_000
-PRESETS = {
-    "paper": {"top_rate": 0.05, "filter_rate": 0.95, "activation_bar": 0.95},
-    "loose": {"top_rate": 0.2, "filter_rate": 0.8, "activation_bar": 0.8},
+RULES = {
+    "paper": "paper",
+    "loose": "lape:top_rate=0.2,filter_rate=0.8,activation_bar=0.8",
 }
 
 
@@ -75,15 +75,14 @@ def run(corpus: str, workspace: Path) -> dict:
         tokenizer,
         open_corpus(corpus, lines=TRAIN_LINES),
         workspace / "identify",
-        CountingSettings(context_length=256, tokens_per_language=TOKENS_PER_LANGUAGE),
-        **PRESETS["loose"],
+        CountingSettings(context_length=256, tokens_per_language=TOKENS_PER_LANGUAGE, rule=RULES["loose"]),
     )
     known = counts.restrict(BASE_LANGUAGES)
     selections = {
         "all languages, loose": neurons,
-        "all languages, paper": select_neurons(counts, **PRESETS["paper"]),
-        "base languages, loose": select_neurons(known, **PRESETS["loose"]),
-        "base languages, paper": select_neurons(known, **PRESETS["paper"]),
+        "all languages, paper": select_neurons(counts, *parse_rules(RULES["paper"])),
+        "base languages, loose": select_neurons(known, *parse_rules(RULES["loose"])),
+        "base languages, paper": select_neurons(known, *parse_rules(RULES["paper"])),
     }
     figures["identify"] = {
         "languages": len(counts.languages),

@@ -65,8 +65,8 @@ TUNE_SETTINGS = TrainingSettings(
 CONTEXT_LENGTH = 256
 
 # Looser than the paper's 0.05 and 0.95: of this model's 2,048 neurons 5 % are 102 for 24 languages, a handful each.
-PRESET = {"top_rate": 0.2, "filter_rate": 0.8, "activation_bar": 0.8}
-PRESET_REASON = (
+RULE = "lape:top_rate=0.2,filter_rate=0.8,activation_bar=0.8"
+RULE_REASON = (
     "The demo selects the 20 % of neurons with the lowest entropy and sets both quantiles to 0.8. The paper's preset "
     "(5 % and 0.95) is made for models with 450,000 neurons; here it would leave a handful of neurons per language."
 )
@@ -101,7 +101,7 @@ def run_demo(output: str | os.PathLike, language: str = "mlt_Latn", *, quiet: bo
         _print_summary(console, summary, output)
         return summary
     started = time.perf_counter()
-    summary = {"language": language, "preset": {**PRESET, "why": PRESET_REASON}}
+    summary = {"language": language, "rule": {"rule": RULE, "why": RULE_REASON}}
     stage = _stages(console, 6)
 
     stage("Training a small Llama on 24 built-in languages, the twelve targets under-represented")
@@ -111,11 +111,11 @@ def run_demo(output: str | os.PathLike, language: str = "mlt_Latn", *, quiet: bo
     stage("Counting activations and selecting each language's neurons")
     training_text = open_corpus("cldr", lines=TRAIN_LINES, languages=LANGUAGES)
     counts, neurons = identify_neurons(
-        model, tokenizer, training_text, output / "identify", CountingSettings(context_length=CONTEXT_LENGTH), **PRESET
+        model, tokenizer, training_text, output / "identify", CountingSettings(context_length=CONTEXT_LENGTH, rule=RULE)
     )
     summary["identify"] = {
         "tokens": int(counts.tokens.sum()),
-        "union": neurons.union(),
+        "union": neurons.union_count(),
         "neurons_total": neurons.layers * neurons.neurons_per_layer,
         "per_language": neurons.per_language(),
         "median_per_language": median(neurons.per_language().values()),
@@ -252,7 +252,7 @@ def _report(output: Path, summary, neurons: NeuronSet, matrix: AblationMatrix, b
         Section(
             heading="Whose neurons were found",
             paragraphs=[
-                PRESET_REASON,
+                RULE_REASON,
                 f"{summary['identify']['union']:,} of {summary['identify']['neurons_total']:,} neurons belong to at "
                 f"least one language; the median language has {summary['identify']['median_per_language']:g}.",
             ],
@@ -345,6 +345,6 @@ def _print_summary(console: Console, summary: dict[str, Any], output: Path) -> N
     console.print(_verdict(summary))
     console.print(
         f"Counted {everything['languages']} languages at {everything['tokens_per_second']:,.0f} tokens per second. "
-        f"{PRESET_REASON}"
+        f"{RULE_REASON}"
     )
     console.print(f"Took {summary['seconds'] / 60:.1f} minutes. The report: {output / 'report.html'}")

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from lape_fast import __version__
-from lape_fast.errors import FileFormatError
-from lape_fast.files import read_metadata
+from lape_fast.errors import ConfigError, FileFormatError
+from lape_fast.files import read_json, read_metadata
 from lape_fast.identify import ActivationCounts, NeuronSet
 from lape_fast.tune import read_adapter_config
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "peft", "accelerate", "safetensors")
 
+# What is needed of an ablation to print it beside its neurons.
+ABLATION_FIELDS = {"neurons_fingerprint", "selectivity", "mean_selectivity"}
+
 
 def describe_file(path: str | os.PathLike) -> dict[str, Any]:
     """What a counts file, a neuron file or an adapter folder holds, as JSON values.
+
+    Of neurons whose ablation lies beside them, ``selectivity`` too.
 
     Raises:
         FileFormatError: it is none of them.
@@ -26,14 +32,58 @@ def describe_file(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path)
     if path.is_dir():
         return read_adapter_config(path)
-    readers = {"counts": ActivationCounts, "neurons": NeuronSet}
     kind = read_metadata(path).get("kind")
-    if kind not in readers:
-        raise FileFormatError(
-            f"{path} holds {kind!r}; info reads counts files, neuron files and adapter folders. A published .pth mask "
-            "is read by `lape-fast convert`."
-        )
-    return {"kind": kind, **readers[kind].load(path).summary()}
+    if kind == "counts":
+        return {"kind": kind, **ActivationCounts.load(path).summary()}
+    if kind == "neurons":
+        neurons = NeuronSet.load(path)
+        measured = match_ablations({"neurons": neurons}, beside=ablation_beside(path))
+        facts = {"kind": kind, **neurons.summary()}
+        return facts | {"selectivity": measured["neurons"]["selectivity"]} if measured else facts
+    raise FileFormatError(
+        f"{path} holds {kind!r}; info reads counts files, neuron files and adapter folders. A published .pth mask "
+        "is read by `lape-fast convert`."
+    )
+
+
+def ablation_beside(path: str | os.PathLike) -> list[Path]:
+    """The ablation that lies beside a neuron file, ``NAME.ablation.json`` beside ``NAME.safetensors``, if there."""
+    beside = Path(path).with_suffix(".ablation.json")
+    return [beside] if beside.is_file() else []
+
+
+def match_ablations(
+    selections: Mapping[str, NeuronSet], named: Sequence[Path] = (), beside: Sequence[Path] = ()
+) -> dict[str, dict[str, Any]]:
+    """Which ablation was measured on which selection, told by the fingerprint of the neurons.
+
+    Args:
+        selections: name -> neuron set.
+        named: JSON files of ``ablate`` that a user named.
+        beside: such files that happen to lie beside the neurons, and may be of others.
+
+    Returns:
+        name -> what the file holds, for the selections that have one.
+
+    Raises:
+        FileFormatError: a file that is no ablation.
+        ConfigError: a named file that belongs to none of the selections.
+    """
+    names = {neurons.fingerprint(): name for name, neurons in selections.items()}
+    matched = {}
+    for path in [*beside, *named]:
+        ablation = read_json(path)
+        if not isinstance(ablation, dict) or not ablation.keys() >= ABLATION_FIELDS:
+            raise FileFormatError(f"{path} holds no ablation; name the JSON file that `lape-fast ablate` wrote.")
+        name = names.get(ablation["neurons_fingerprint"])
+        if name is not None:
+            matched[name] = ablation
+        elif path in named:
+            raise ConfigError(
+                f"{path} was measured on other neurons than were selected; name the ablation of this selection, or "
+                "leave it out."
+            )
+    return matched
 
 
 def describe_installation() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -23,20 +24,87 @@ def new_table(*headers: str) -> Table:
     return table
 
 
-def print_neurons(neurons, as_json: bool, tokens: dict[str, int] | None = None) -> None:
-    """Prints how many neurons each language has, and from how many tokens if they were just counted."""
-    summary = neurons.summary() | ({"tokens": tokens} if tokens else {})
+def print_neurons(
+    neurons, as_json: bool, counted: dict[str, Any] | None = None, ablation: dict[str, Any] | None = None
+) -> None:
+    """Prints how many neurons each language has.
+
+    Args:
+        neurons: the set.
+        as_json: whether a machine reads it.
+        counted: "tokens" and "jaccard" of each language's halves, if they were just counted.
+        ablation: what ``ablate`` wrote about these neurons, if it did.
+    """
+    summary = neurons.summary()
+    if counted:
+        summary["counted"] = counted
+    if ablation:
+        summary["selectivity"] = ablation["selectivity"]
     if as_json:
         print_json(summary)
-        return
+    else:
+        print_neuron_table(summary)
+
+
+# How the selectivity of an ablation is headed, in bits per byte.
+SELECTIVITY = {
+    "own": "own cost",
+    "over_next_worst": "over next worst",
+    "over_mean_of_others": "over mean of others",
+}
+COST_UNIT = "Costs: bits per byte that switching the neurons off adds for the language itself, and what that exceeds."
+
+
+def print_neuron_table(summary: dict[str, Any]) -> None:
+    """Prints the summary of a neuron set, with ``counted`` and ``selectivity`` per language if it has them."""
     from lape_fast.text import language_name
 
-    table = new_table("language", "name", "neurons", "tokens counted")
+    counted, selectivity = summary.get("counted"), summary.get("selectivity")
+    headers = ["tokens counted", "halves agree"] * bool(counted) + [*SELECTIVITY.values()] * bool(selectivity)
+    table = new_table("language", "name", "neurons", *headers)
     for language, size in summary["per_language"].items():
-        table.add_row(language, language_name(language), f"{size:,}", f"{tokens[language]:,}" if tokens else "")
+        cells = [f"{counted[language]['tokens']:,}", _share(counted[language]["jaccard"])] if counted else []
+        if selectivity:
+            cells += [_signed(selectivity.get(language, {}).get(name)) for name in SELECTIVITY]
+        table.add_row(language, language_name(language), f"{size:,}", *cells)
     Console().print(table)
     total = summary["layers"] * summary["neurons_per_layer"]
     Console().print(f"{summary['union']:,} of {total:,} neurons belong to at least one language.")
+    if selectivity:
+        Console().print(COST_UNIT)
+
+
+def print_selections(selections: dict[str, Any], as_json: bool, ablations: dict[str, dict[str, Any]]) -> None:
+    """Prints how several selections from the same counts compare, one row each.
+
+    Args:
+        selections: name -> neuron set.
+        as_json: whether a machine reads it.
+        ablations: name -> what ``ablate`` wrote about these neurons, where it did.
+    """
+    if as_json:
+        measured = {name: {"selectivity": ablation["selectivity"]} for name, ablation in ablations.items()}
+        print_json({name: each.summary() | measured.get(name, {}) for name, each in selections.items()})
+        return
+    headers = [f"mean {header}" for header in SELECTIVITY.values()] if ablations else []
+    table = new_table("rule", "neurons", "per language: least", "median", "most", "languages without", *headers)
+    for name, neurons in selections.items():
+        sizes = list(neurons.per_language().values())
+        counted = (neurons.union_count(), min(sizes), median(sizes), max(sizes), sizes.count(0))
+        means = ablations.get(name, {}).get("mean_selectivity", {})
+        costs = [_signed(means.get(each)) for each in SELECTIVITY] if ablations else []
+        table.add_row(name, *(f"{count:,}" for count in counted), *costs)
+    Console().print(table)
+    if ablations:
+        Console().print(COST_UNIT)
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}"
+
+
+def _signed(value: float | None) -> str:
+    return "" if value is None else f"{value:+.4f}"
 
 
 def print_counts(path: Any, counts, as_json: bool) -> None:
@@ -50,9 +118,8 @@ def print_counts(path: Any, counts, as_json: bool) -> None:
     for language, measured in counts.metadata.get("stability", {}).items():
         known = measured["jaccard"] is not None
         interval = "{:.2f}–{:.2f}".format(*measured["interval"]) if known else ""
-        jaccard = f"{measured['jaccard']:.2f}" if known else "unknown"
-        ended = measured.get("ended", "")
-        table.add_row(language, language_name(language), f"{measured['tokens']:,}", jaccard, interval, ended)
+        cells = (_share(measured["jaccard"]), interval, measured.get("ended", ""))
+        table.add_row(language, language_name(language), f"{measured['tokens']:,}", *cells)
     Console().print(table)
     Console().print(f"{path}: {len(counts.languages)} languages, {int(counts.tokens.sum()):,} tokens.", highlight=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lape_fast.cli import app, main
-from lape_fast.identify import ActivationCounts
+from lape_fast.identify import ActivationCounts, NeuronSet
 from tests.tiny_models import save_tiny
 
 TEXTS = {
@@ -20,8 +21,21 @@ TEXTS = {
     "eng_Latn": "The cat number {} sat on the mat.",
     "rus_Cyrl": "Кошка номер {} сидела на коврике.",
 }
-LOOSE = ["--top-rate", "0.5", "--filter-rate", "0.5", "--activation-bar", "0.5"]
-COMMANDS = ["identify", "count", "select", "tune", "evaluate", "ablate", "merge", "convert", "corpora", "info", "demo"]
+LOOSE_RULE = ["--rule", "lape:top_rate=0.5,filter_rate=0.5,activation_bar=0.5"]
+COMMANDS = [
+    "identify",
+    "count",
+    "merge-counts",
+    "select",
+    "tune",
+    "evaluate",
+    "ablate",
+    "merge",
+    "convert",
+    "corpora",
+    "info",
+    "demo",
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +48,7 @@ def workplace(tmp_path_factory):
         lines = "\n".join(line.format(number) for number in range(30))
         (folder / "texts" / f"{language}.txt").write_text(lines, encoding="utf-8")
     (folder / "texts" / "README.md").write_text("not a language\n")
-    run(*identify(folder), *LOOSE)
+    run(*identify(folder), *LOOSE_RULE)
     return folder
 
 
@@ -84,7 +98,7 @@ def test_count_then_select_equals_identify(workplace):
     counts = workplace / "only-counts.safetensors"
     model, corpus = workplace / "base", workplace / "texts"
     run("count", "--model", model, "--corpus", corpus, "--output", counts, "--lines", "1-20")
-    run("select", counts, "--output", workplace / "selected.safetensors", *LOOSE)
+    run("select", counts, "--output", workplace / "selected.safetensors", *LOOSE_RULE)
     selected = load_file(workplace / "selected.safetensors")
     identified = load_file(workplace / "out" / "neurons.safetensors")
     assert all(torch.equal(selected[name], identified[name]) for name in identified)
@@ -92,8 +106,56 @@ def test_count_then_select_equals_identify(workplace):
 
 def test_select_can_leave_languages_out(workplace):
     counts = workplace / "out" / "counts.safetensors"
-    printed = run("select", counts, "--output", workplace / "two.safetensors", "--languages", "mt,en", *LOOSE, "--json")
+    printed = run(
+        "select", counts, "--output", workplace / "two.safetensors", "--languages", "mt,en", *LOOSE_RULE, "--json"
+    )
     assert set(json.loads(printed)["languages"]) == {"mlt_Latn", "eng_Latn"}
+
+
+def test_select_writes_a_file_per_rule_into_a_folder(workplace):
+    counts, folder = workplace / "out" / "counts.safetensors", workplace / "selections"
+    rules = ["--rule", "lape:top_rate=0.1/0.5", "--rule", "budget:neurons=5,floor=0,exclusive", "--rule", "paper"]
+    summaries = json.loads(run("select", counts, *rules, "--output", folder, "--json"))
+    names = ["lape-top0.1", "lape-top0.5", "budget-5-floor0.0-exclusive", "lape-top0.05"]
+    assert list(summaries) == names
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{name}.safetensors" for name in names)
+    for name in names:
+        facts = json.loads(run("info", folder / f"{name}.safetensors", "--json"))
+        assert facts["metadata"]["name"] == name
+        assert facts["per_language"] == summaries[name]["per_language"]
+    alone = workplace / "alone.safetensors"
+    run("select", counts, "--rule", "lape:top_rate=0.5", "--output", alone)
+    one, many = NeuronSet.load(alone), NeuronSet.load(folder / "lape-top0.5.safetensors")
+    assert one.fingerprint() == many.fingerprint() and one.metadata == many.metadata
+
+
+def test_a_measured_selectivity_is_printed_with_the_selection(workplace, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    counts, path = workplace / "out" / "counts.safetensors", workplace / "measured.safetensors"
+    command = ["select", counts, "--rule", "budget:neurons=5,floor=0"]
+    assert "own cost" not in run(*command, "--output", path)
+    costs = {"own": 0.75, "over_next_worst": -0.125, "over_mean_of_others": None}
+    ablation = {
+        "neurons_fingerprint": NeuronSet.load(path).fingerprint(),
+        "selectivity": {"mlt_Latn": costs},
+        "mean_selectivity": costs,
+    }
+    file = workplace / "elsewhere.json"
+    file.write_text(json.dumps(ablation))
+    assert "own cost" not in run("info", path)
+    again = [*command, "--ablation", file, "--output"]
+    assert re.search(r"\+0\.7500 │ +-0\.1250 │ +│", run(*again, workplace / "again.safetensors"))
+    assert json.loads(run(*again, workplace / "json.safetensors", "--json"))["selectivity"] == {"mlt_Latn": costs}
+    printed = run(*again, workplace / "several", "--rule", "paper")
+    assert "mean over next worst" in printed and "-0.1250" in printed
+
+    (workplace / "measured.ablation.json").write_text(json.dumps(ablation))
+    printed = run("info", path)
+    assert "Maltese" in printed and "over mean of others" in printed and "+0.7500" in printed
+    assert json.loads(run("info", path, "--json"))["selectivity"] == {"mlt_Latn": costs}
+    # Neurons that were not the ones measured.
+    (workplace / "measured.ablation.json").write_text(json.dumps({**ablation, "neurons_fingerprint": "another"}))
+    assert "own cost" not in run("info", path)
 
 
 def test_tune_evaluate_merge_and_ablate(workplace):
@@ -144,13 +206,13 @@ def test_convert_goes_to_the_published_format_and_back(workplace):
 
 def test_a_configuration_file_sets_defaults_and_flags_override_it(workplace):
     config = workplace / "select.yaml"
-    config.write_text("top-rate: 0.5\nfilter_rate: 0.5\nactivation-bar: 0.5\n")
+    config.write_text("languages: mt,en\nrule: ['lape:top_rate=0.5,filter_rate=0.5']\n")
     counts = workplace / "out" / "counts.safetensors"
     command = ["select", counts, "--config", config, "--json", "--output"]
     facts = json.loads(run(*command, workplace / "config.safetensors"))
-    assert facts["metadata"]["top_rate"] == 0.5
-    facts = json.loads(run(*command, workplace / "override.safetensors", "--top-rate", "0.25"))
-    assert (facts["metadata"]["top_rate"], facts["metadata"]["filter_rate"]) == (0.25, 0.5)
+    assert (facts["metadata"]["name"], facts["languages"]) == ("lape-top0.5-filter0.5", ["mlt_Latn", "eng_Latn"])
+    facts = json.loads(run(*command, workplace / "override.safetensors", "--rule", "tang"))
+    assert (facts["metadata"]["name"], facts["languages"]) == ("lape-top0.01", ["mlt_Latn", "eng_Latn"])
 
 
 def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, capsys):
@@ -158,11 +220,18 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
     base, texts = workplace / "base", workplace / "texts"
     bad = workplace / "bad.yaml"
     bad.write_text("top_rte: 0.5\n")
+    bad_json, other = workplace / "bad.json", workplace / "other.json"
+    bad_json.write_text("[1]")
+    other.write_text(json.dumps({"neurons_fingerprint": "another", "selectivity": {}, "mean_selectivity": {}}))
     tune = ["tune", "--model", base, "--corpus", texts, "--output", workplace / "new"]
     for arguments, words in (
         (["info", workplace / "missing.safetensors"], "does not exist"),
         (["select", counts, "--output", neurons], "exists already"),
-        (["select", counts, "--output", workplace / "n.safetensors", "--top-rate", "7"], "top_rate"),
+        (["select", counts, "--output", workplace / "n.safetensors", "--rule", "lape:top_rate=7"], "top_rate"),
+        (["select", counts, "--output", workplace / "n.safetensors", "--rule", "entropy"], "'entropy'"),
+        (["select", counts, "--output", workplace / "n.safetensors", "--rule", "lape:layers=0-2"], "2 layers"),
+        (["select", counts, "--output", workplace / "n.safetensors", "--ablation", bad_json], "holds no ablation"),
+        (["select", counts, "--output", workplace / "n.safetensors", "--ablation", other], "other neurons"),
         (["select", counts, "--output", workplace / "n.safetensors", "--config", bad], "top_rte"),
         (["select", neurons, "--output", workplace / "n.safetensors"], "'neurons'"),
         (["convert", workplace / "x.pth", "--output", workplace / "n.safetensors"], "--languages"),

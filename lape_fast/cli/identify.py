@@ -9,7 +9,7 @@ import typer
 
 from lape_fast.cli.options import (
     DEFAULT_CORPUS,
-    ActivationBar,
+    DEFAULT_RULES,
     BatchTokens,
     CheckpointMinutes,
     Config,
@@ -17,19 +17,19 @@ from lape_fast.cli.options import (
     CorpusSpec,
     Device,
     Dtype,
-    FilterRate,
     Fsdp,
     Json,
     Languages,
     Lines,
     Model,
     Output,
+    RuleText,
+    RuleTexts,
     ShardsPerLanguage,
     ShuffleSeed,
     SkipBadFiles,
     TextColumn,
     TokenBudget,
-    TopRate,
     UntilStable,
     Workers,
     load,
@@ -39,7 +39,7 @@ from lape_fast.cli.options import (
     split_codes,
 )
 from lape_fast.errors import ConfigError
-from lape_fast.terminal import print_counts, print_neurons
+from lape_fast.terminal import print_counts, print_neurons, print_selections
 
 
 def identify(
@@ -59,9 +59,7 @@ def identify(
     checkpoint_minutes: CheckpointMinutes = 5.0,
     workers: Workers = None,
     fsdp: Fsdp = False,
-    top_rate: TopRate = 0.05,
-    filter_rate: FilterRate = 0.95,
-    activation_bar: ActivationBar = 0.95,
+    rule: RuleText = "lape",
     dtype: Dtype = "auto",
     device: Device = None,
     config: Config = None,
@@ -84,6 +82,7 @@ def identify(
         shards_per_language=shards_per_language,
         seed=seed,
         until_stable=until_stable,
+        rule=rule,
         skip_bad_files=skip_bad_files,
     )
     with joined_world() as world:
@@ -97,14 +96,11 @@ def identify(
             checkpoint_seconds=60 * checkpoint_minutes,
             workers=workers,
             world=world,
-            top_rate=top_rate,
-            filter_rate=filter_rate,
-            activation_bar=activation_bar,
         )
     if world.is_main:
         note_ignored(opened)
         note_counting(counts)
-        print_neurons(neurons, as_json, dict(zip(counts.languages, counts.tokens.tolist(), strict=True)))
+        print_neurons(neurons, as_json, counts.metadata["stability"])
 
 
 def count(
@@ -118,6 +114,7 @@ def count(
     batch_tokens: BatchTokens = 16384,
     tokens_per_language: TokenBudget = None,
     until_stable: UntilStable = None,
+    rule: RuleText = "lape",
     seed: ShuffleSeed = None,
     shards_per_language: ShardsPerLanguage = 1,
     part: Annotated[
@@ -147,6 +144,7 @@ def count(
         shards_per_language=shards_per_language,
         seed=seed,
         until_stable=until_stable,
+        rule=rule,
         skip_bad_files=skip_bad_files,
         part=number,
         parts=parts,
@@ -189,28 +187,57 @@ def merge_counts(
 
 def select(
     counts: Annotated[Path, typer.Argument(help="Counts file, as written by count or identify.")],
-    output: Output,
+    output: Annotated[
+        Path, typer.Option("--output", help="File; with several rules a folder, with a file named after each rule.")
+    ],
+    rule: RuleTexts = DEFAULT_RULES,
     languages: Languages = None,
-    top_rate: TopRate = 0.05,
-    filter_rate: FilterRate = 0.95,
-    activation_bar: ActivationBar = 0.95,
+    ablation: Annotated[
+        list[Path] | None,
+        typer.Option("--ablation", help="JSON file of ablate, if this selection was ablated before; may be repeated."),
+    ] = None,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Select each language's neurons from counts, in seconds, with other thresholds or fewer languages.
+    """Select each language's neurons from counts, in seconds, by one rule or by many at once.
 
-    Example: lape-fast select out/counts.safetensors --top-rate 0.01 --output neurons-1.safetensors
+    A rule is NAME or NAME:SETTING,SETTING. The names and their settings:
+
+    lape: the neurons of lowest entropy over languages (top_rate=0.05, filter_rate=0.95, activation_bar=0.95). paper is
+    the same, tang has top_rate=0.01. To reproduce published results; languages differ in size, and some may get none.
+
+    budget: as many neurons for every language, those it uses most compared with the mean of the others (neurons=0.01,
+    a share or a whole number; floor=0.05, the least probability). To compare languages, or tune one that LAPE leaves
+    with few.
+
+    percentile: the neurons a language itself uses most (percentile=0.99), whatever others do.
+
+    Settings of every rule: exclusive (drop neurons of several languages) and layers=16-31 (look at these only).
+    Several values, as in top_rate=0.01/0.02/0.05, are several rules.
+
+    Example: lape-fast select out/counts.safetensors --rule lape:top_rate=0.01/0.05 --rule
+    budget:neurons=150,floor=0.05,exclusive --output selections
     """
-    from lape_fast.files import refuse_existing
-    from lape_fast.identify import ActivationCounts, select_neurons
+    from lape_fast.files import atomic_folder, refuse_existing
+    from lape_fast.identify import ActivationCounts, parse_rules, rule_name, select_many
+    from lape_fast.information import ablation_beside, match_ablations
 
     refuse_existing(output)
+    rules = {rule_name(each): each for text in rule for each in parse_rules(text)}
     loaded = ActivationCounts.load(counts)
     if languages:
         loaded = loaded.restrict(split_codes(languages))
-    neurons = select_neurons(loaded, top_rate, filter_rate, activation_bar)
-    neurons.save(output)
-    print_neurons(neurons, as_json)
+    selections = dict(zip(rules, select_many(loaded, list(rules.values())), strict=True))
+    measured = match_ablations(selections, ablation or [], ablation_beside(output))
+    if len(selections) == 1:
+        ((name, neurons),) = selections.items()
+        neurons.save(output)
+        print_neurons(neurons, as_json, ablation=measured.get(name))
+        return
+    with atomic_folder(output) as folder:
+        for name, neurons in selections.items():
+            neurons.save(folder / f"{name}.safetensors")
+    print_selections(selections, as_json, measured)
 
 
 def convert(

@@ -23,7 +23,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise ConfigError(f"The configuration {path} cannot be read ({error}); give a YAML file of options.") from error
     known = {parameter.name: parameter for parameter in context.command.params}
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ConfigError(f"The configuration {path} must be a mapping such as `top_rate: 0.05`.")
+        raise ConfigError(f"The configuration {path} must be a mapping such as `seed: 0`.")
     values = {name.replace("-", "_"): value for name, value in values.items()}
     unknown = sorted(set(values) - set(known))
     if unknown:
@@ -77,12 +77,13 @@ Workers = Annotated[
     int | None, typer.Option("--workers", min=0, help="Processes that read and tokenise ahead (default: a few).")
 ]
 Fsdp = Annotated[bool, typer.Option("--fsdp", help="Under torchrun: share one model among all devices (FSDP2).")]
-TopRate = Annotated[float, typer.Option("--top-rate", help="Share of all neurons to select, lowest entropy first.")]
-FilterRate = Annotated[
-    float, typer.Option("--filter-rate", help="Quantile of activation probability a neuron must exceed in a language.")
+RuleText = Annotated[
+    str, typer.Option("--rule", help="How neurons are selected, and with --until-stable judged; see `select --help`.")
 ]
-ActivationBar = Annotated[
-    float, typer.Option("--activation-bar", help="Quantile above which a neuron belongs to a language.")
+DEFAULT_RULES = ["lape"]
+RuleTexts = Annotated[
+    list[str],
+    typer.Option("--rule", help="How to select: lape, paper, tang, percentile or budget, with settings; repeatable."),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="cuda, cpu, ...; a GPU if there is one by default.")]

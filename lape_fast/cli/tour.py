@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lape_fast.cli.options import Json
-from lape_fast.terminal import print_facts, print_json
+from lape_fast.terminal import print_facts, print_json, print_neuron_table
 
 
 def info(
@@ -24,7 +24,11 @@ def info(
     from lape_fast.information import describe_file, describe_installation
 
     facts = describe_file(file) if file else describe_installation()
-    print_facts(file or "lape_fast", facts, as_json)
+    if facts.get("kind") == "neurons" and not as_json:
+        print_facts(file, facts["metadata"], as_json)
+        print_neuron_table(facts)
+    else:
+        print_facts(file or "lape_fast", facts, as_json)
 
 
 def corpora(as_json: Json = False) -> None:

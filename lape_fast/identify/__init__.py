@@ -9,14 +9,20 @@ from lape_fast.identify.identification import count_to_file, identify_neurons
 from lape_fast.identify.masks import export_masks, import_masks
 from lape_fast.identify.merging import merge_files
 from lape_fast.identify.neurons import NeuronSet, random_like
-from lape_fast.identify.selection import select_neurons
+from lape_fast.identify.rules import RULES, Budget, Lape, Percentile, Rule, parse_rules, rule_name
+from lape_fast.identify.selection import select_many, select_neurons
 from lape_fast.identify.stability import measure_stability
 
 __all__ = [
+    "RULES",
     "ActivationCounts",
+    "Budget",
     "CountingFFN",
     "CountingSettings",
+    "Lape",
     "NeuronSet",
+    "Percentile",
+    "Rule",
     "World",
     "count_activations",
     "count_batch",
@@ -28,6 +34,9 @@ __all__ = [
     "joined_world",
     "measure_stability",
     "merge_files",
+    "parse_rules",
     "random_like",
+    "rule_name",
+    "select_many",
     "select_neurons",
 ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from lape_fast.errors import ConfigError
+from lape_fast.identify.rules import Rule, parse_rules
 from lape_fast.text import Corpus, Packed, tokenize
 
 # More queues than a run has processes, and few enough that one unfilled group at the end of each costs nothing.
@@ -41,7 +42,7 @@ class CountingSettings:
         shards_per_language: parts of each language's text that different processes may count.
         seed: shuffles the documents; None takes them in the corpus's order.
         until_stable: a language stops once the neurons of its two halves agree to this Jaccard index; None never.
-        rule: how the neurons are selected whose stability is measured.
+        rule: how the neurons are selected whose stability is measured, in the text form of ``parse_rules``.
         skip_bad_files: go on behind a damaged file, instead of stopping there.
         part, parts: count only one part of all text, from 1; separate jobs count the others, to be merged.
 
@@ -74,6 +75,10 @@ class CountingSettings:
                 f"`until_stable` is {self.until_stable}; it is a Jaccard index above 0 and at most 1, such as 0.95."
             )
 
+        if len(parse_rules(self.rule)) != 1:
+            raise ConfigError(
+                f"`rule` is {self.rule!r}, which is several; `select` applies many rules to one counts file."
+            )
         if not 1 <= self.part <= self.parts <= QUEUES:
             raise ConfigError(
                 f"There is no part {self.part} of {self.parts}; number the parts from 1, and make at most {QUEUES}."
@@ -83,6 +88,10 @@ class CountingSettings:
                 "Stability is judged on all languages together, and a part has only some; leave out `until_stable`, or "
                 "count with one run of several processes."
             )
+
+    def selection_rule(self) -> Rule:
+        """The rule that ``rule`` names."""
+        return parse_rules(self.rule)[0]
 
     def round_target(self, number: int) -> float:
         """The tokens per language at which a round ends, when languages are checked for stability."""

@@ -99,6 +99,8 @@ def run_identity(model: nn.Module, tokenizer, corpus: Corpus, settings: Counting
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "corpus": corpus.describe(),
         **asdict(settings),
+        # Where it stops no language the rule decides nothing.
+        "rule": settings.rule if settings.until_stable else None,
     }
 
 
@@ -174,7 +176,7 @@ class _Run:
         # processes that are killed in between agree on the round that they resume.
         self._save()
         self.world.wait()
-        measured = measure_stability(self._total(), self.settings.rule)
+        measured = measure_stability(self._total(), self.settings.selection_rule())
         stable = [code for code, values in measured.items() if is_stable(values, threshold)]
         # The first process decides: another machine may round an entropy otherwise.
         self.progress.stopped = self.world.gather(stable)[0]
@@ -195,7 +197,7 @@ class _Run:
         counts.metadata |= {
             "stability": {
                 language: {**measured, "ended": self._ending(language, positions)}
-                for language, measured in measure_stability(counts, self.settings.rule).items()
+                for language, measured in measure_stability(counts, self.settings.selection_rule()).items()
             },
             "shards": counted_shards(self.corpus, self.settings),
             "skipped_files": sorted({bad for position in positions.values() for bad in position.bad_files}),

@@ -31,7 +31,6 @@ def identify_neurons(
     checkpoint_seconds: float = 300.0,
     workers: int | None = None,
     world: World | None = None,
-    **thresholds: float,
 ) -> tuple[ActivationCounts, NeuronSet]:
     """Writes ``counts.safetensors`` and ``neurons.safetensors`` into a folder.
 
@@ -40,17 +39,16 @@ def identify_neurons(
     Args:
         model, tokenizer, corpus, settings, checkpoint_seconds, workers, world: see ``count_activations``.
         output: the folder.
-        thresholds: see ``select_neurons``.
 
     Raises:
         FileExistsAlreadyError: the folder holds the results of another run.
         SelectionError: a language has no tokens; the counts are written.
 
     Example:
-        >>> counts, neurons = identify_neurons(model, tokenizer, open_corpus("texts/"), "out", top_rate=0.01)
+        >>> counts, neurons = identify_neurons(model, tokenizer, open_corpus("texts/"), "out")
         >>> neurons.count("mlt_Latn")
     """
-    folder = Path(output)
+    folder, settings = Path(output), settings or CountingSettings()
     counts = count_to_file(
         model,
         tokenizer,
@@ -61,7 +59,7 @@ def identify_neurons(
         workers=workers,
         world=world,
     )
-    neurons = select_neurons(counts, **thresholds)
+    neurons = select_neurons(counts, settings.selection_rule())
     if world is not None and not world.is_main:
         return counts, neurons
     path = folder / NEURONS_NAME
@@ -69,7 +67,7 @@ def identify_neurons(
         neurons.save(path)
     elif NeuronSet.load(path).summary() != neurons.summary():
         raise FileExistsAlreadyError(
-            f"{path} was selected with other thresholds; write this selection elsewhere with `lape-fast select "
+            f"{path} was selected by another rule; write this selection elsewhere with `lape-fast select "
             f"{folder / COUNTS_NAME} --output FILE`."
         )
     return counts, neurons

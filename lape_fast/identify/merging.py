@@ -73,7 +73,7 @@ def merge_files(paths: Sequence[str | os.PathLike]) -> ActivationCounts:
     skipped = {file for part in parts for file in part.metadata.get("skipped_files", [])}
     merged.metadata["skipped_files"] = sorted(skipped)
     if merged.first_half_positive is not None:
-        merged.metadata["stability"] = measure_stability(merged, parts[0].metadata.get("rule", "lape"))
+        merged.metadata["stability"] = measure_stability(merged)
     return merged
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from lape_fast.errors import ArchitectureError, FileFormatError, LanguageError, SelectionError, ShapeError
-from lape_fast.files import read_tensors, write_tensors
+from lape_fast.files import json_hash, read_tensors, write_tensors
 from lape_fast.identify.counts import INTEGER_DTYPES, check_languages, find_language
 
 # Metadata that the file itself needs; everything else (rule, thresholds, source) is the maker's.
@@ -48,7 +49,7 @@ def random_like(neurons: NeuronSet, language: str, seed: int) -> NeuronSet:
         )
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
     drawn = others[order[: len(own)]].sort().values
-    metadata = {**neurons.metadata, "rule": "random", "seed": seed, "like": code}
+    metadata = {**neurons.metadata, "rule": "random", "name": f"random-{seed}", "seed": seed, "like": code}
     return NeuronSet.from_flat({code: drawn}, neurons.layers, neurons.neurons_per_layer, metadata)
 
 
@@ -82,6 +83,10 @@ def _check_offsets(offsets: torch.Tensor, segments: int, total: int) -> None:
     falls = (offsets.diff() < 0).nonzero()
     if len(falls):
         raise ShapeError(f"`offsets` falls after position {int(falls[0])}; each offset must be at least the last.")
+
+
+def _by_layer(chosen: torch.Tensor) -> list[torch.Tensor]:
+    return [layer.nonzero().squeeze(1) for layer in chosen]
 
 
 @dataclass(eq=False)
@@ -262,19 +267,103 @@ class NeuronSet:
         sizes = self.offsets[:: self.layers].diff().tolist()
         return dict(zip(self.languages, sizes, strict=True))
 
-    def union(self) -> int:
+    def union_count(self) -> int:
         """How many neurons belong to at least one language."""
-        return int(self._members().sum())
+        return int((self._owners() > 0).sum())
 
-    def union_lists(self) -> list[torch.Tensor]:
-        """The neurons that belong to at least one language: one sorted int64 tensor per layer."""
-        return [chosen.nonzero().squeeze(1) for chosen in self._members()]
+    def union(self, languages: Sequence[str] | None = None) -> list[torch.Tensor]:
+        """The neurons that belong to at least one of some languages: one sorted int64 tensor per layer.
 
-    def _members(self) -> torch.Tensor:
-        members = torch.zeros(self.layers, self.neurons_per_layer, dtype=torch.bool)
-        for segment, (start, end) in enumerate(zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)):
-            members[segment % self.layers, self.indices[start:end].long()] = True
-        return members
+        Args:
+            languages: in any spelling; all by default.
+
+        Raises:
+            LanguageError: no language, one that the set does not hold, or one twice.
+
+        Example:
+            >>> neurons = NeuronSet.from_lists({"mlt_Latn": [[0, 5]], "cym_Latn": [[5, 7]]}, neurons_per_layer=16)
+            >>> neurons.union(["mlt_Latn", "cym_Latn"])
+            [tensor([0, 5, 7])]
+        """
+        return _by_layer(self._owners(languages) > 0)
+
+    def shared(self, languages: Sequence[str] | None = None) -> list[torch.Tensor]:
+        """The neurons that belong to every one of some languages: one sorted int64 tensor per layer.
+
+        Args:
+            languages: in any spelling; all by default.
+
+        Raises:
+            LanguageError: no language, one that the set does not hold, or one twice.
+
+        Example:
+            >>> neurons = NeuronSet.from_lists({"mlt_Latn": [[0, 5]], "cym_Latn": [[5, 7]]}, neurons_per_layer=16)
+            >>> neurons.shared(["mlt_Latn", "cym_Latn"])
+            [tensor([5])]
+        """
+        return _by_layer(self._owners(languages) == len(languages or self.languages))
+
+    def exclusive(self, language: str) -> list[torch.Tensor]:
+        """The neurons that belong to this language and no other: one sorted int64 tensor per layer.
+
+        Raises:
+            LanguageError: the set does not hold the language.
+
+        Example:
+            >>> neurons = NeuronSet.from_lists({"mlt_Latn": [[0, 5]], "cym_Latn": [[5, 7]]}, neurons_per_layer=16)
+            >>> neurons.exclusive("mlt_Latn")
+            [tensor([0])]
+        """
+        own = self._owners([language]) == 1
+        return _by_layer(own & (self._owners() == 1))
+
+    def jaccard(self) -> torch.Tensor:
+        """How alike the languages are: shared neurons over the neurons of either.
+
+        Returns:
+            float64 [G, G] in the order of ``languages``; 0 where neither has a neuron.
+
+        Example:
+            >>> neurons = NeuronSet.from_lists({"mlt_Latn": [[0, 5]], "cym_Latn": [[5, 7]]}, neurons_per_layer=16)
+            >>> neurons.jaccard()[0, 1].item()  # one neuron of three
+            0.3333333333333333
+        """
+        count = len(self.languages)
+        language = torch.arange(count).repeat_interleave(self.per_layer().sum(1))
+        layer, neuron = self._positions() // self.neurons_per_layer, self.indices.long()
+        both = torch.zeros(count, count, dtype=torch.float64)
+        for number in range(self.layers):
+            here = layer == number
+            used, column = neuron[here].unique(return_inverse=True)
+            # A product of zeros and ones is exact in fp32: a layer has fewer than 2^24 neurons.
+            members = torch.zeros(count, len(used))
+            members[language[here], column] = 1
+            both += members @ members.T
+        sizes = both.diagonal()
+        return both / (sizes[:, None] + sizes - both).clamp(min=1)
+
+    def per_layer(self) -> torch.Tensor:
+        """How many neurons each language has in each layer, int64 [G, L]."""
+        return self.offsets.diff().view(len(self.languages), self.layers)
+
+    def _positions(self) -> torch.Tensor:
+        """``layer * neurons_per_layer + neuron`` of every index, int64 [total]."""
+        layer = torch.arange(self.layers).repeat(len(self.languages)).repeat_interleave(self.offsets.diff())
+        return layer * self.neurons_per_layer + self.indices
+
+    def _owners(self, languages: Sequence[str] | None = None) -> torch.Tensor:
+        """How many of some languages have each neuron, int64 [L, F]."""
+        positions = self._positions()
+        if languages is not None:
+            first = [find_language(self.languages, each) * self.layers for each in check_languages(languages)]
+            positions = torch.cat([positions[self.offsets[each] : self.offsets[each + self.layers]] for each in first])
+        owners = torch.bincount(positions, minlength=self.layers * self.neurons_per_layer)
+        return owners.view(self.layers, self.neurons_per_layer)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over languages, shape and all neurons, as hex: two files with one fingerprint hold one selection."""
+        digests = [hashlib.sha256(values.numpy()).hexdigest() for values in (self.indices, self.offsets)]
+        return json_hash([self.languages, self.layers, self.neurons_per_layer, *digests])
 
     def summary(self) -> dict[str, Any]:
         """What a person or a tool wants to know about the set, as JSON values."""
@@ -282,7 +371,7 @@ class NeuronSet:
             "languages": self.languages,
             "layers": self.layers,
             "neurons_per_layer": self.neurons_per_layer,
-            "union": self.union(),
+            "union": self.union_count(),
             "per_language": self.per_language(),
             "metadata": self.metadata,
         }

@@ -8,20 +8,21 @@ import numpy as np
 from torch import Tensor
 
 from lape_fast.identify.counts import ActivationCounts
+from lape_fast.identify.rules import Lape, Rule
 from lape_fast.identify.selection import select_neurons
 
 # The interval covers 95 %; one that reaches further than this from its middle says too little.
 RESAMPLES, COVERAGE, NARROW = 10_000, 0.95, 0.05
 
 
-def measure_stability(counts: ActivationCounts, rule: str = "lape") -> dict[str, dict[str, Any]]:
+def measure_stability(counts: ActivationCounts, rule: Rule | None = None) -> dict[str, dict[str, Any]]:
     """How far the neurons that each half of a language's text selects agree.
 
     Each half has half the tokens, so the neurons selected from all of them are closer to the truth than this says.
 
     Args:
         counts: with their halves.
-        rule: how the neurons are selected.
+        rule: how the neurons are selected; LAPE as published by default.
 
     Returns:
         For every language "tokens", "jaccard" (shared neurons over all that either half selects), "interval" (of the
@@ -40,7 +41,7 @@ def measure_stability(counts: ActivationCounts, rule: str = "lape") -> dict[str,
         for language, *tokens in zip(counts.languages, *(half.tokens.tolist() for half in halves), strict=True)
         if min(tokens) > 0
     ]
-    selected = [select_neurons(half.restrict(known)) for half in halves] if known else []
+    selected = [select_neurons(half.restrict(known), rule or Lape()) for half in halves] if known else []
     report = {}
     for language, tokens in zip(counts.languages, counts.tokens.tolist(), strict=True):
         neurons = [half.flat(language) for half in selected] if language in known else []

@@ -69,7 +69,7 @@ def neurons_by_layer(neurons: NeuronSet) -> Figure:
 
     labels = [language_label(language) for language in neurons.languages]
     order = sorted(range(len(labels)), key=labels.__getitem__)
-    counts = neurons.offsets.diff().view(len(labels), neurons.layers)[order].numpy()  # [G, L]
+    counts = neurons.per_layer()[order].numpy()  # [G, L]
     figure, axes = heat_map_axes(len(labels), neurons.layers)
     image = axes.imshow(
         numpy.ma.masked_equal(counts, 0),
@@ -109,7 +109,9 @@ def neurons_per_language(neurons: NeuronSet) -> Figure:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("Neurons over all layers")
     total = neurons.layers * neurons.neurons_per_layer
-    heading(axes, "Neurons of each language", f"{neurons.union():,} of the model's {total:,} neurons have a language")
+    heading(
+        axes, "Neurons of each language", f"{neurons.union_count():,} of the model's {total:,} neurons have a language"
+    )
     return fitted(figure, axes)
 
 

@@ -302,16 +302,16 @@ def test_counts_go_on_past_two_to_the_31():
 
 def test_identify_writes_both_files_and_does_nothing_twice(corpus, tmp_path):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    preset = {"top_rate": 0.2, "filter_rate": 0.8, "activation_bar": 0.8}
-    counts, neurons = identify_neurons(model, tokenizer, corpus, tmp_path / "out", **preset)
+    settings = CountingSettings(rule="lape:top_rate=0.2,filter_rate=0.8,activation_bar=0.8")
+    counts, neurons = identify_neurons(model, tokenizer, corpus, tmp_path / "out", settings)
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert set(written) == {"counts.safetensors", "neurons.safetensors"}
-    again, same = identify_neurons(model, tokenizer, corpus, tmp_path / "out", **preset)
+    again, same = identify_neurons(model, tokenizer, corpus, tmp_path / "out", settings)
     assert torch.equal(again.positive, counts.positive)
     assert same.summary() == neurons.summary()
     assert written == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     with pytest.raises(FileExistsAlreadyError, match="lape-fast select"):
-        identify_neurons(model, tokenizer, corpus, tmp_path / "out", **{**preset, "top_rate": 0.5})
+        identify_neurons(model, tokenizer, corpus, tmp_path / "out", CountingSettings(rule="budget:neurons=5"))
 
 
 def test_counts_of_another_model_are_not_taken_for_these(corpus, tmp_path):

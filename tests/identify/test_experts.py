@@ -111,8 +111,8 @@ def test_a_neuron_fires_only_where_its_expert_is_chosen(corpus):
 
 def test_a_saved_mixture_of_experts_is_identified(corpus, tmp_path):
     model, tokenizer = load_model(save_tiny(tmp_path / "base", "qwen3_moe"))
-    preset = {"top_rate": 0.2, "filter_rate": 0.8, "activation_bar": 0.8}
-    counts, _ = identify_neurons(model, tokenizer, corpus, tmp_path / "out", **preset)
+    settings = CountingSettings(rule="lape:top_rate=0.2,filter_rate=0.8,activation_bar=0.8")
+    counts, _ = identify_neurons(model, tokenizer, corpus, tmp_path / "out", settings)
     assert counts.neurons_per_layer == EXPERTS * WIDTH
     assert ActivationCounts.load(tmp_path / "out" / "counts.safetensors").metadata["experts"] == EXPERTS
     neurons = NeuronSet.load(tmp_path / "out" / "neurons.safetensors")

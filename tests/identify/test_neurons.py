@@ -9,6 +9,7 @@ from lape_fast.errors import ArchitectureError, FileFormatError, LanguageError, 
 from lape_fast.files import write_tensors
 from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.neurons import NeuronSet, random_like
+from lape_fast.text import canonical
 
 LISTS = {"mlt_Latn": [[4, 0, 2], [], [1]], "cym_Latn": [[2], [3], [0, 1]]}
 
@@ -62,8 +63,74 @@ def test_flat_positions_and_lists_are_the_same_set():
 def test_sizes_and_union():
     neurons = small()
     assert neurons.count("cym_Latn") == 4 and neurons.per_language() == {"mlt_Latn": 4, "cym_Latn": 4}
-    assert [chosen.tolist() for chosen in neurons.union_lists()] == [[0, 2, 4], [3], [0, 1]]
-    assert neurons.union() == 6
+    assert [chosen.tolist() for chosen in neurons.union()] == [[0, 2, 4], [3], [0, 1]]
+    assert neurons.union_count() == 6
+
+
+def drawn_sets(seed: int, languages: list[str], layers: int, neurons: int) -> dict[str, list[set[int]]]:
+    """Sets that overlap; the second language has none, and the third all that the first has."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(len(languages), layers, neurons, generator=generator) < 0.4
+    draws[1] = False
+    draws[2] |= draws[0]
+    return {
+        language: [set(layer.nonzero().squeeze(1).tolist()) for layer in draw]
+        for language, draw in zip(languages, draws, strict=True)
+    }
+
+
+@pytest.mark.parametrize(("layers", "width"), [(1, 7), (4, 33)])
+def test_set_algebra_is_that_of_python_sets(layers, width):
+    languages = ["mlt_Latn", "cym_Latn", "fra_Latn", "rus_Cyrl"]
+    sets = drawn_sets(layers, languages, layers, width)
+    lists = {language: [sorted(layer) for layer in each] for language, each in sets.items()}
+    neurons = NeuronSet.from_lists(lists, width)
+
+    def as_sets(found):
+        assert all(layer.dtype == torch.int64 and torch.equal(layer, layer.sort().values) for layer in found)
+        return [set(layer.tolist()) for layer in found]
+
+    for some in (["mlt_Latn"], ["cym_Latn"], ["rus_Cyrl", "mt"], ["fr", "mlt_Latn", "rus_Cyrl"], languages):
+        named = [sets[canonical(language)] for language in some]
+        assert as_sets(neurons.union(some)) == [set.union(*each) for each in zip(*named, strict=True)]
+        assert as_sets(neurons.shared(some)) == [set.intersection(*each) for each in zip(*named, strict=True)]
+    assert as_sets(neurons.union()) == as_sets(neurons.union(languages))
+    assert as_sets(neurons.shared()) == as_sets(neurons.shared(languages))
+    assert neurons.union_count() == sum(len(layer) for layer in as_sets(neurons.union()))
+    for language in languages:
+        others = [set.union(*each) for each in zip(*(sets[o] for o in languages if o != language), strict=True)]
+        own = [layer - other for layer, other in zip(sets[language], others, strict=True)]
+        assert as_sets(neurons.exclusive(language)) == own
+    assert neurons.per_layer().tolist() == [[len(layer) for layer in sets[language]] for language in languages]
+    flat = [set(neurons.flat(language).tolist()) for language in languages]
+    expected = [[len(one & two) / max(1, len(one | two)) for two in flat] for one in flat]
+    assert neurons.jaccard().tolist() == expected
+
+
+@pytest.mark.parametrize("operation", ["union", "shared"])
+def test_set_algebra_names_the_language_it_does_not_know(operation):
+    with pytest.raises(LanguageError, match="'fra_Latn' is not among the 2 languages"):
+        getattr(small(), operation)(["mlt_Latn", "fra_Latn"])
+    with pytest.raises(LanguageError, match="'mt' and 'mlt_Latn' are the same"):
+        getattr(small(), operation)(["mt", "mlt_Latn"])
+    with pytest.raises(LanguageError, match="No language was given"):
+        getattr(small(), operation)([])
+    with pytest.raises(LanguageError, match="list of codes"):
+        getattr(small(), operation)("mlt_Latn")
+
+
+def test_the_fingerprint_is_that_of_the_selection_alone(tmp_path):
+    neurons = small(rule="lape")
+    neurons.save(tmp_path / "neurons.safetensors")
+    assert neurons.fingerprint() == NeuronSet.load(tmp_path / "neurons.safetensors").fingerprint()
+    assert neurons.fingerprint() == small(rule="budget").fingerprint()
+    others = [
+        NeuronSet.from_lists(LISTS, neurons_per_layer=6),
+        NeuronSet.from_lists({"mlt_Latn": LISTS["mlt_Latn"], "fra_Latn": LISTS["cym_Latn"]}, 5),
+        NeuronSet.from_lists({**LISTS, "cym_Latn": [[2], [4], [0, 1]]}, 5),
+        NeuronSet.from_lists({"mlt_Latn": [[4, 0, 2], [1], []], "cym_Latn": LISTS["cym_Latn"]}, 5),
+    ]
+    assert len({each.fingerprint() for each in [neurons, *others]}) == 5
 
 
 def test_a_language_is_found_in_any_spelling_and_an_absent_one_answered_with_the_near_ones():
@@ -78,7 +145,7 @@ def test_a_set_without_any_neuron_is_whole(tmp_path):
     empty = NeuronSet.from_lists({"mlt_Latn": [[], []]}, neurons_per_layer=4)
     empty.save(tmp_path / "neurons.safetensors")
     loaded = NeuronSet.load(tmp_path / "neurons.safetensors")
-    assert as_lists(loaded) == {"mlt_Latn": [[], []]} and loaded.union() == loaded.count("mlt_Latn") == 0
+    assert as_lists(loaded) == {"mlt_Latn": [[], []]} and loaded.union_count() == loaded.count("mlt_Latn") == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Selection against the formula of LAPE in plain Python, one number at a time."""
+"""Selection by LAPE against its formula in plain Python, one number at a time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from lape_fast.errors import SelectionError
-from lape_fast.identify import selection
+from lape_fast.identify import probabilities, selection
 from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.neurons import NeuronSet
-from lape_fast.identify.selection import probability_quantiles, select_neurons
+from lape_fast.identify.probabilities import Probabilities
+from lape_fast.identify.rules import Lape
+from lape_fast.identify.selection import select_neurons
 
 
 def quantile(values: list[float], rate: float) -> float:
@@ -49,6 +51,10 @@ def pairs(neurons: NeuronSet) -> dict[str, list[tuple[int, int]]]:
     }
 
 
+def quantile_of(counts: ActivationCounts, rate: float) -> float:
+    return Probabilities(counts, range(counts.layers)).quantile(rate)
+
+
 def counts_of(positive: torch.Tensor, tokens: list[int] | torch.Tensor) -> ActivationCounts:
     return ActivationCounts(positive, tokens, [f"language {number}" for number in range(len(positive))])
 
@@ -79,15 +85,15 @@ RATES = [(0.05, 0.95, 0.95), (0.2, 0.8, 0.8), (0.5, 0.5, 0.9), (1.0, 0.7, 0.3), 
 )
 def test_the_selection_is_the_formula(counts, rates):
     wanted, thresholds = reference(counts, *rates)
-    neurons = select_neurons(counts, *rates)
+    neurons = select_neurons(counts, Lape(*rates))
     assert pairs(neurons) == wanted
     assert (neurons.metadata["filter_threshold"], neurons.metadata["activation_threshold"]) == thresholds
 
 
 def test_more_candidates_than_one_slice_holds():
     counts = drawn(6, languages=4, layers=3, neurons=3001, most_tokens=50_000, zeros=0.1)
-    neurons = select_neurons(counts, 0.3, 0.3, 0.6)
-    assert neurons.metadata["candidates"] > 2 * selection.SLICE
+    neurons = select_neurons(counts, Lape(0.3, 0.3, 0.6))
+    assert neurons.metadata["candidates"] > 2 * probabilities.SLICE
     assert pairs(neurons) == reference(counts, 0.3, 0.3, 0.6)[0]
 
 
@@ -97,9 +103,9 @@ def test_permuted_neurons_tie_and_the_first_ones_win(share):
     orders = torch.tensor(list(itertools.permutations([3, 10, 40, 111, 997])))
     order = torch.randperm(120, generator=torch.Generator().manual_seed(0))
     counts = counts_of(orders[order].T.reshape(5, 4, 30).contiguous(), [1009] * 5)
-    neurons = select_neurons(counts, top_rate=share / 120, filter_rate=0.1, activation_bar=0.001)
-    assert torch.cat(neurons.union_lists()).numel() == share
-    flat = [layer * 30 + neuron for layer, chosen in enumerate(neurons.union_lists()) for neuron in chosen.tolist()]
+    neurons = select_neurons(counts, Lape(top_rate=share / 120, filter_rate=0.1, activation_bar=0.001))
+    assert torch.cat(neurons.union()).numel() == share
+    flat = [layer * 30 + neuron for layer, chosen in enumerate(neurons.union()) for neuron in chosen.tolist()]
     assert flat == list(range(share))
 
 
@@ -107,51 +113,51 @@ def test_scaled_neurons_tie():
     # q is the same for all, p is not.
     scale = torch.tensor([7, 1, 3, 11, 5, 2, 13, 9])
     counts = counts_of(torch.stack([scale * 3, scale * 17, scale * 29])[:, None], [1000, 1000, 1000])
-    neurons = select_neurons(counts, top_rate=0.5, filter_rate=0.05, activation_bar=0.05)
-    assert neurons.union_lists()[0].tolist() == [0, 1, 2, 3]
+    neurons = select_neurons(counts, Lape(top_rate=0.5, filter_rate=0.05, activation_bar=0.05))
+    assert neurons.union()[0].tolist() == [0, 1, 2, 3]
 
 
 def test_close_entropies_are_no_tie():
     # The share of the second language falls by one in a thousand million from neuron to neuron.
     positive = torch.tensor([[[10**9] * 6], [[10**8 - step for step in range(6)]]])
-    neurons = select_neurons(counts_of(positive, [2 * 10**9] * 2), 0.5, 0.1, 0.1)
-    assert neurons.union_lists()[0].tolist() == [3, 4, 5]
+    neurons = select_neurons(counts_of(positive, [2 * 10**9] * 2), Lape(0.5, 0.1, 0.1))
+    assert neurons.union()[0].tolist() == [3, 4, 5]
 
 
 def test_equal_counts_leave_no_candidate():
-    neurons = select_neurons(counts_of(torch.full((3, 2, 10), 4), [8, 8, 8]), 0.5, 0.5, 0.5)
-    assert neurons.union() == 0
+    neurons = select_neurons(counts_of(torch.full((3, 2, 10), 4), [8, 8, 8]), Lape(0.5, 0.5, 0.5))
+    assert neurons.union_count() == 0
     assert neurons.summary()["per_language"] == {"language 0": 0, "language 1": 0, "language 2": 0}
 
 
 def test_neurons_that_never_fire_leave_no_candidate():
-    assert select_neurons(counts_of(torch.zeros(2, 2, 5, dtype=torch.int64), [3, 4])).union() == 0
+    assert select_neurons(counts_of(torch.zeros(2, 2, 5, dtype=torch.int64), [3, 4])).union_count() == 0
 
 
 def test_one_language_has_no_entropy_so_the_first_candidates_win():
     positive = torch.tensor([[[1, 9, 2, 8], [7, 3, 6, 4]]])
-    neurons = select_neurons(counts_of(positive, [10]), top_rate=0.25, filter_rate=0.5, activation_bar=0.1)
+    neurons = select_neurons(counts_of(positive, [10]), Lape(top_rate=0.25, filter_rate=0.5, activation_bar=0.1))
     assert [chosen.tolist() for chosen in neurons["language 0"]] == [[1, 3], []]
 
 
 def test_fewer_candidates_than_the_share_are_all_selected():
     positive = torch.tensor([[[9, 1, 1, 1, 1]], [[1, 1, 1, 1, 8]]])
-    neurons = select_neurons(counts_of(positive, [10, 10]), top_rate=1.0, filter_rate=0.8, activation_bar=0.8)
+    neurons = select_neurons(counts_of(positive, [10, 10]), Lape(top_rate=1.0, filter_rate=0.8, activation_bar=0.8))
     assert neurons.metadata["candidates"] == neurons.metadata["selected"] == 2
     assert pairs(neurons) == {"language 0": [(0, 0)], "language 1": [(0, 4)]}
 
 
 def test_a_probability_equal_to_a_threshold_is_not_above_it():
     positive = torch.tensor([[[5, 5, 6, 0]], [[0, 0, 5, 0]]])
-    neurons = select_neurons(counts_of(positive, [10, 10]), top_rate=1.0, filter_rate=0.7, activation_bar=0.7)
+    neurons = select_neurons(counts_of(positive, [10, 10]), Lape(top_rate=1.0, filter_rate=0.7, activation_bar=0.7))
     assert neurons.metadata["filter_threshold"] == 0.5
     assert pairs(neurons) == {"language 0": [(0, 2)], "language 1": []}
 
 
 def test_two_thresholds_are_kept_apart():
     counts = drawn(7, languages=3, layers=2, neurons=50, most_tokens=1000, zeros=0.1)
-    low, high = probability_quantiles(counts, (0.4, 0.9))
-    neurons = select_neurons(counts, top_rate=0.5, filter_rate=0.4, activation_bar=0.9)
+    low, high = quantile_of(counts, 0.4), quantile_of(counts, 0.9)
+    neurons = select_neurons(counts, Lape(top_rate=0.5, filter_rate=0.4, activation_bar=0.9))
     assert low < high
     assert (neurons.metadata["filter_threshold"], neurons.metadata["activation_threshold"]) == (low, high)
     assert pairs(neurons) == reference(counts, 0.5, 0.4, 0.9)[0]
@@ -174,7 +180,7 @@ def test_two_thresholds_are_kept_apart():
 def test_quantiles_are_bit_for_bit_those_of_kthvalue(counts, rate):
     p = counts.probability().flatten()
     rank = max(1, round(rate * p.numel()))
-    assert probability_quantiles(counts, (rate,)) == [p.kthvalue(rank).values.item()]
+    assert quantile_of(counts, rate) == p.kthvalue(rank).values.item()
 
 
 def test_the_number_of_threads_changes_nothing():
@@ -182,9 +188,9 @@ def test_the_number_of_threads_changes_nothing():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = select_neurons(counts, 0.2, 0.8, 0.8)
+        alone = select_neurons(counts, Lape(0.2, 0.8, 0.8))
         torch.set_num_threads(3)
-        together = select_neurons(counts, 0.2, 0.8, 0.8)
+        together = select_neurons(counts, Lape(0.2, 0.8, 0.8))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(alone.indices, together.indices) and torch.equal(alone.offsets, together.offsets)
@@ -201,11 +207,14 @@ def test_counts_are_left_as_they_were():
 def test_the_result_says_how_it_was_found(tmp_path):
     counts = drawn(13, languages=3, layers=2, neurons=40, most_tokens=100, zeros=0.1)
     counts.metadata = {"model": "tiny", "config_hash": "abc", "tokenizer_hash": "def", "corpus": "elsewhere"}
-    select_neurons(counts, 0.2, 0.8, 0.7).save(tmp_path / "neurons.safetensors")
+    select_neurons(counts, Lape(0.2, 0.8, 0.7)).save(tmp_path / "neurons.safetensors")
     loaded = NeuronSet.load(tmp_path / "neurons.safetensors")
     assert loaded.languages == counts.languages
     expected = {
         "rule": "lape",
+        "name": "lape-top0.2-filter0.8-bar0.7",
+        "exclusive": False,
+        "layer_range": None,
         "top_rate": 0.2,
         "filter_rate": 0.8,
         "activation_bar": 0.7,
@@ -215,8 +224,8 @@ def test_the_result_says_how_it_was_found(tmp_path):
         "tokenizer_hash": "def",
         "selected": loaded.metadata["selected"],
         "candidates": loaded.metadata["candidates"],
-        "filter_threshold": probability_quantiles(counts, (0.8,))[0],
-        "activation_threshold": probability_quantiles(counts, (0.7,))[0],
+        "filter_threshold": quantile_of(counts, 0.8),
+        "activation_threshold": quantile_of(counts, 0.7),
     }
     assert loaded.metadata == expected
     assert loaded.metadata["selected"] == round(0.2 * 80)
@@ -228,14 +237,12 @@ def test_languages_without_tokens_are_named():
         select_neurons(counts)
 
 
-@pytest.mark.parametrize("name", ["top_rate", "filter_rate", "activation_bar"])
-@pytest.mark.parametrize("rate", [0, -0.5, 1.01, 5, math.nan, math.inf, None, "0.5", True])
-def test_rates_outside_their_range_are_refused(name, rate):
+def test_a_name_is_no_rule():
     counts = counts_of(torch.ones(2, 1, 3, dtype=torch.int64), [2, 2])
-    with pytest.raises(SelectionError, match=f"`{name}` is {rate!r}; it must be a number above 0 and at most 1"):
-        select_neurons(counts, **{name: rate})
+    with pytest.raises(SelectionError, match="'lape' is no rule; pass Lape"):
+        select_neurons(counts, "lape")
 
 
-def test_the_example_in_the_documentation_runs():
+def test_the_examples_in_the_documentation_run():
     assert doctest.testmod(selection).failed == 0
-    assert select_neurons.__doc__.count(">>>") == 3
+    assert selection.select_neurons.__doc__.count(">>>") == selection.select_many.__doc__.count(">>>") == 3
