@@ -96,7 +96,7 @@ def test_select_can_leave_languages_out(workplace):
     assert set(json.loads(printed)["languages"]) == {"mlt_Latn", "eng_Latn"}
 
 
-def test_tune_evaluate_merge_and_ablate(workplace):
+def test_tune_evaluate_and_merge(workplace):
     base, texts = workplace / "base", workplace / "texts"
     neurons, adapter = workplace / "out" / "neurons.safetensors", workplace / "adapter"
     common = ["--model", base, "--corpus", texts]
@@ -117,16 +117,28 @@ def test_tune_evaluate_merge_and_ablate(workplace):
     for language in TEXTS:
         tuned = scores["adapter"][language]["bits_per_byte"]
         assert merged["base"][language]["bits_per_byte"] == pytest.approx(tuned, rel=1e-5)
-    matrix = json.loads(
-        run(
-            *("ablate", *common, "--neurons", neurons, "--lines", "26-30", "--json"),
-            *("--output", workplace / "ablation.json", "--figure", workplace / "ablation.png"),
-        )
-    )
-    assert matrix["evaluated"] == sorted(TEXTS)
-    assert json.loads((workplace / "ablation.json").read_text()) == matrix
-    assert (workplace / "ablation.png").read_bytes().startswith(b"\x89PNG")
     assert "Maltese" in run("info", adapter) or "mlt_Latn" in run("info", adapter)
+
+
+def test_ablate_writes_three_files_beside_the_neurons_and_a_repeated_command_nothing(workplace):
+    folder = workplace / "out"
+    command = ["ablate", "--model", workplace / "base", "--corpus", workplace / "texts", "--lines", "26-30"]
+    command += ["--neurons", folder / "neurons.safetensors"]
+    matrix = json.loads(run(*command, "--json"))
+    assert matrix["evaluated"] == sorted(TEXTS)
+    files = [folder / f"neurons.ablation.{suffix}" for suffix in ("json", "csv", "png")]
+    assert json.loads(files[0].read_text()) == matrix
+    assert files[1].read_text().count("\n") == 10
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+    before = [file.stat().st_mtime_ns for file in files]
+    printed = run(*command)
+    assert f"{len(matrix['hits_own_hardest'])} of 3 languages are hit hardest" in printed
+    assert f"{matrix['selectivity']['mlt_Latn']['over_next_worst']:+.4f}" in printed
+    assert before == [file.stat().st_mtime_ns for file in files]
+    # A picture that is missing beside a finished matrix is drawn again.
+    files[2].unlink()
+    run(*command)
+    assert files[2].exists()
 
 
 def test_convert_goes_to_the_published_format_and_back(workplace):
@@ -158,6 +170,8 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
     base, texts = workplace / "base", workplace / "texts"
     bad = workplace / "bad.yaml"
     bad.write_text("top_rte: 0.5\n")
+    (workplace / "taken.png").touch()
+    ablate = ["ablate", "--model", base, "--corpus", texts, "--neurons", neurons]
     tune = ["tune", "--model", base, "--corpus", texts, "--output", workplace / "new"]
     for arguments, words in (
         (["info", workplace / "missing.safetensors"], "does not exist"),
@@ -170,6 +184,8 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
         ([*tune, "--neurons", neurons, "--language", "mlt_Latn", "--method", "magic"], "'magic'"),
         (["evaluate", "--model", workplace / "nowhere", "--corpus", texts], "nowhere"),
         (["evaluate", "--model", base, "--corpus", workplace / "nowhere"], "nowhere"),
+        ([*ablate, "--output", workplace / "ablation.csv"], "ending in .json"),
+        ([*ablate, "--output", workplace / "taken.json"], "taken.png exists already"),
     ):
         sentence = failure(monkeypatch, capsys, *arguments)
         assert sentence.startswith("Error: "), sentence

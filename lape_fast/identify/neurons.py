@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from lape_fast.errors import ArchitectureError, FileFormatError, LanguageError, SelectionError, ShapeError
-from lape_fast.files import read_tensors, write_tensors
+from lape_fast.files import json_hash, read_tensors, write_tensors
 from lape_fast.identify.counts import INTEGER_DTYPES, check_languages, find_language
 
 # Metadata that the file itself needs; everything else (rule, thresholds, source) is the maker's.
@@ -286,6 +287,11 @@ class NeuronSet:
             "per_language": self.per_language(),
             "metadata": self.metadata,
         }
+
+    def fingerprint(self) -> str:
+        """SHA-256 over languages, shape and all indices, as hex; the same on every machine, whatever the metadata."""
+        digests = [hashlib.sha256(values.numpy()).hexdigest() for values in (self.indices, self.offsets)]
+        return json_hash([self.languages, self.layers, self.neurons_per_layer, *digests])
 
     def check_model(self, layers: int, neurons_per_layer: int) -> None:
         """Makes sure that the set was made for a model of this size.
