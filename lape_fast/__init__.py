@@ -29,11 +29,12 @@ _PUBLIC = {
         "export_masks",
         "identify_neurons",
         "import_masks",
+        "publish_release",
         "random_like",
         "select_neurons",
     ),
     "tune": ("SubnetworkConfig", "TrainingSettings", "attach_subnetwork", "load_adapter", "tune_language"),
-    "study": ("ablate_neurons", "evaluate_languages", "prepare_text", "score", "silenced"),
+    "study": ("AblationMatrix", "ablate_neurons", "evaluate_languages", "prepare_text", "score", "silenced"),
 }
 _FOLDERS = {name: folder for folder, names in _PUBLIC.items() for name in names}
 

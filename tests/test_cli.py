@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lape_fast.cli import app, main
-from lape_fast.identify import ActivationCounts
+from lape_fast.identify import ActivationCounts, NeuronSet
 from tests.tiny_models import save_tiny
 
 TEXTS = {
@@ -21,7 +21,7 @@ TEXTS = {
     "rus_Cyrl": "Кошка номер {} сидела на коврике.",
 }
 LOOSE = ["--top-rate", "0.5", "--filter-rate", "0.5", "--activation-bar", "0.5"]
-COMMANDS = ["identify", "count", "select", "tune", "evaluate", "ablate", "merge", "convert", "info", "demo"]
+COMMANDS = "identify count select tune evaluate ablate merge publish convert info demo".split()
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +141,19 @@ def test_ablate_writes_three_files_beside_the_neurons_and_a_repeated_command_not
     assert files[2].exists()
 
 
+def test_publish_lays_out_a_release_that_reads_back(workplace):
+    folder, release = workplace / "out", workplace / "release"
+    command = ["publish", release, "--counts", folder / "counts.safetensors", "--license", "cc0-1.0"]
+    command += ["--neurons", folder / "neurons.safetensors"]
+    printed = run(*command)
+    assert "hf upload OWNER/NAME" in printed
+    index = json.loads((release / "release.json").read_text())
+    assert index["license"] == "cc0-1.0"
+    neurons = NeuronSet.from_pretrained(release)
+    assert neurons.fingerprint() == NeuronSet.load(folder / "neurons.safetensors").fingerprint()
+    assert "counts.safetensors" in {file.name for file in release.iterdir()}
+
+
 def test_convert_goes_to_the_published_format_and_back(workplace):
     neurons = workplace / "out" / "neurons.safetensors"
     run("convert", neurons, "--output", workplace / "mask.pth")
@@ -184,6 +197,8 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
         ([*tune, "--neurons", neurons, "--language", "mlt_Latn", "--method", "magic"], "'magic'"),
         (["evaluate", "--model", workplace / "nowhere", "--corpus", texts], "nowhere"),
         (["evaluate", "--model", base, "--corpus", workplace / "nowhere"], "nowhere"),
+        (["publish", texts, "--counts", counts, "--neurons", neurons], "texts exists already"),
+        (["publish", workplace / "new", "--counts", neurons, "--neurons", neurons], "'neurons'"),
         ([*ablate, "--output", workplace / "ablation.csv"], "ending in .json"),
         ([*ablate, "--output", workplace / "taken.json"], "taken.png exists already"),
     ):

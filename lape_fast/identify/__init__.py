@@ -5,6 +5,7 @@ from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.identification import count_to_file, identify_neurons
 from lape_fast.identify.masks import export_masks, import_masks
 from lape_fast.identify.neurons import NeuronSet, random_like
+from lape_fast.identify.release import publish_release
 from lape_fast.identify.selection import select_neurons
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "export_masks",
     "identify_neurons",
     "import_masks",
+    "publish_release",
     "random_like",
     "select_neurons",
 ]
