@@ -21,7 +21,7 @@ TEXTS = {
     "rus_Cyrl": "Кошка номер {} сидела на коврике.",
 }
 LOOSE = ["--top-rate", "0.5", "--filter-rate", "0.5", "--activation-bar", "0.5"]
-COMMANDS = "identify count select tune evaluate ablate merge publish convert info demo".split()
+COMMANDS = ["identify", "count", "select", "tune", "evaluate", "ablate", "merge", "publish", "convert", "info", "demo"]
 
 
 @pytest.fixture(scope="module")

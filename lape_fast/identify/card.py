@@ -15,6 +15,8 @@ from lape_fast.text.languages import language_name
 TEMPLATE = "card.md.j2"
 TAGS = ("lape-fast", "language-neurons", "interpretability", "multilingual")
 
+SELECTIVITY = ("own", "over_next_worst", "over_mean_of_others")
+
 # What means something inside a line of Markdown; a backslash takes the meaning away.
 MARKUP = re.compile(r"([\\`*_{}\[\]()#|!<>~&$:@])")
 
@@ -58,6 +60,7 @@ def render_card(index: dict[str, Any], counts: ActivationCounts) -> str:
         quoted=lambda text: _Markdown(json.dumps(text)),
         index=index,
         metadata=counts.metadata,
+        corpus=_corpus_in_words(counts.metadata.get("corpus")),
         languages=languages,
         sets=[{**each, **_set_facts(each)} for each in index["sets"]],
         in_words=in_words,
@@ -112,11 +115,23 @@ def _is_hub_id(model: Any) -> bool:
     return not Path(model).exists()
 
 
+def _corpus_in_words(corpus: Any) -> str:
+    if not corpus:
+        return "not named"
+    # The languages have a table of their own.
+    return in_words({name: value for name, value in corpus.items() if name != "languages"})
+
+
 def _set_facts(each: dict[str, Any]) -> dict[str, Any]:
     sizes = list(each["neurons"].values())
-    facts = {"median": f"{median(sizes):g}", "without": sizes.count(0), "measured": []}
+    facts = {
+        "median": f"{median(sizes):g}",
+        "without": sizes.count(0),
+        "text": _corpus_in_words(each["measured_on"]),
+        "measured": [],
+    }
     for language, found in (each["selectivity"] or {}).items():
-        values = ["" if value is None else f"{value:+.4f}" for value in found.values()]
+        values = ["" if found[name] is None else f"{found[name]:+.4f}" for name in SELECTIVITY]
         facts["measured"].append((language, _name(language), each["neurons"].get(language, ""), *values))
     return facts
 

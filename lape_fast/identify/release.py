@@ -13,6 +13,7 @@ import functools
 import os
 import re
 import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -121,8 +122,12 @@ def load_release(source: str | os.PathLike, rule: str | None = None, revision: s
 def _sets(paths: Sequence[Path], counts: ActivationCounts, ablations: Sequence[Path]) -> list[_Set]:
     if not paths:
         raise ConfigError("A release needs at least one set of neurons; name a neuron file.")
-    measured = {path: _read_ablation(path, counts) for path in ablations}
-    by_fingerprint = {values["neurons_fingerprint"]: (path, values) for path, values in measured.items()}
+    measured: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in ablations:
+        values = _read_ablation(path, counts)
+        earlier, _ = measured.setdefault(values["neurons_fingerprint"], (path, values))
+        if earlier is not path:
+            raise ConfigError(f"{earlier} and {path} are ablations of the same neurons; publish one of them.")
 
     # A selection may leave languages out; the hash that it states is of what it was made from.
     @functools.cache
@@ -136,10 +141,10 @@ def _sets(paths: Sequence[Path], counts: ActivationCounts, ablations: Sequence[P
         name, fingerprint = _set_name(path, neurons), neurons.fingerprint()
         if name in sets:
             raise ConfigError(f"{sets[name].source} and {path} are both called {name!r}; publish one of them.")
-        sets[name] = _Set(name, path, neurons, fingerprint, by_fingerprint.get(fingerprint))
+        sets[name] = _Set(name, path, neurons, fingerprint, measured.get(fingerprint))
     known = {each.fingerprint for each in sets.values()}
-    for path, values in measured.items():
-        if values["neurons_fingerprint"] not in known:
+    for fingerprint, (path, _) in measured.items():
+        if fingerprint not in known:
             raise ConfigError(
                 f"{path} is the ablation of none of these neurons; publish those that were switched off in it, too, or "
                 "leave it out."
@@ -155,18 +160,19 @@ def _set_name(path: Path, neurons: NeuronSet) -> str:
 def _entry(each: _Set) -> dict[str, Any]:
     elsewhere = {*MODEL_FIELDS, "name", "rule", "counts_hash"}
     place = PurePosixPath("neurons", each.name)
-    selectivity = each.ablation[1]["selectivity"] if each.ablation else None
     return {
         "name": each.name,
         "path": str(place / "neurons.safetensors"),
         "fingerprint": each.fingerprint,
         "counts_hash": each.neurons.metadata["counts_hash"],
         "rule": each.neurons.metadata.get("rule"),
-        "thresholds": {name: value for name, value in each.neurons.metadata.items() if name not in elsewhere},
+        # A safetensors file keeps its metadata in no order.
+        "thresholds": {name: value for name, value in sorted(each.neurons.metadata.items()) if name not in elsewhere},
         "union": each.neurons.union(),
         "neurons": each.neurons.per_language(),
         "ablation": str(place / "neurons.ablation.json") if each.ablation else None,
-        "selectivity": selectivity,
+        "selectivity": each.ablation[1]["selectivity"] if each.ablation else None,
+        "measured_on": each.ablation[1].get("corpus") if each.ablation else None,
     }
 
 
@@ -192,7 +198,7 @@ def _check_source(path: Path, neurons: NeuronSet, counts: ActivationCounts, hash
 
 def _read_ablation(path: Path, counts: ActivationCounts) -> dict[str, Any]:
     values = read_json(path)
-    if not isinstance(values, dict) or not {"neurons_fingerprint", "selectivity"} <= values.keys():
+    if not isinstance(values, dict) or values.get("kind") != "ablation" or "neurons_fingerprint" not in values:
         raise FileFormatError(f"{path} holds no ablation; name the JSON file that `lape-fast ablate` wrote.")
     _check_model(path, values, counts)
     return values
@@ -224,9 +230,10 @@ def _fetcher(source: str | os.PathLike, revision: str | None) -> Callable[[str],
             return Path(hf_hub_download(os.fspath(source), name, revision=revision))
         # Offline, unknown, gated and misspelt ids: all errors of the hub are one or the other.
         except (OSError, ValueError) as error:
+            reason = textwrap.shorten(str(error) or type(error).__name__, 240, placeholder=" ...")
             raise ConfigError(
                 f"There is no folder {source}, and {name} of a release of that name cannot be had from the hub "
-                f"({error}); check the name, the revision, the network and your access."
+                f"({reason}); check the name, the revision, the network and your access."
             ) from error
 
     return download

@@ -22,7 +22,7 @@ METADATA = {
     "model": "owner/tiny-3b",
     "config_hash": "c" * 64,
     "tokenizer_hash": "t" * 64,
-    "corpus": {"spec": "texts", "lines": "1-90", "text_column": None},
+    "corpus": {"spec": "texts", "lines": "1-90", "text_column": None, "languages": ["xyz_Latn"]},
     "context_length": 512,
     "stability": {"mlt_Latn": {"jaccard": 0.971234, "stable": True}},
 }
@@ -40,6 +40,7 @@ class Workplace:
 
     def __init__(self, folder, **metadata):
         self.folder, self.release = folder, folder / "release"
+        self.more = []
         counts = counts_of(**metadata)
         self.counts = folder / "counts.safetensors"
         counts.save(self.counts)
@@ -50,11 +51,15 @@ class Workplace:
         self.neurons = [folder / f"{name}.safetensors" for name in self.sets]
         self.ablation = folder / "lape-5.ablation.json"
         matrix = matrix_of(LANGUAGES[:2], LANGUAGES[:2], torch.tensor([[0.25, 0.125], [0.0, 0.5]]), [3, 4])
-        measured = {"config_hash": METADATA["config_hash"], "neurons_fingerprint": self.sets["lape-5"].fingerprint()}
+        measured = {
+            "config_hash": METADATA["config_hash"],
+            "neurons_fingerprint": self.sets["lape-5"].fingerprint(),
+            "corpus": {"spec": "held-out", "lines": "91-99"},
+        }
         self.ablation.write_text(json.dumps({**matrix.to_json(), **measured}))
 
     def publish(self, **options):
-        return publish_release(self.release, self.counts, self.neurons, [self.ablation], **options)
+        return publish_release(self.release, self.counts, self.neurons, [self.ablation, *self.more], **options)
 
     def card(self) -> tuple[dict, str]:
         """The header and the text of the card."""
@@ -115,7 +120,8 @@ def test_the_card_states_what_a_user_must_know(workplace):
     counts = " | ".join(str(each.count("cym_Latn")) for each in workplace.sets.values())
     assert row == rf"| cym\_Latn | Welsh | 12,345 | not measured | {counts} |"
     assert "jaccard 0.971234, stable True" in text
-    assert "lines 1-90" in text and "text column" not in text
+    assert "| corpus | spec texts, lines 1-90 |" in text
+    assert "Measured on: spec held-out, lines 91-99." in text
     assert r"| cym\_Latn | Welsh | " in text and "| +0.5000 | +0.5000 | +0.5000 |" in text
     assert "| +0.2500 | +0.1250 | +0.1250 |" in text
     assert 'NeuronSet.from_pretrained("OWNER/NAME", rule="lape-5")' in text
@@ -213,6 +219,11 @@ def no_ablation(workplace):
     workplace.ablation.write_text("{}")
 
 
+def two_ablations_of_one_set(workplace):
+    shutil.copyfile(workplace.ablation, workplace.folder / "again.json")
+    workplace.more = [workplace.folder / "again.json"]
+
+
 def taken(workplace):
     workplace.release.mkdir()
     (workplace.release / "mine.txt").touch()
@@ -228,6 +239,7 @@ REFUSED = {
     foreign_ablation: (ConfigError, "lape-5.ablation.json is the ablation of none"),
     ablation_of_another_model: (ArchitectureError, "owner/other"),
     no_ablation: (FileFormatError, "holds no ablation"),
+    two_ablations_of_one_set: (ConfigError, "ablations of the same neurons"),
     taken: (FileExistsAlreadyError, "exists already"),
 }
 
