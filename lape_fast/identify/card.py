@@ -49,7 +49,7 @@ def render_card(index: dict[str, Any], counts: ActivationCounts) -> str:
             "code": code,
             "name": _name(code),
             "tokens": tokens,
-            "stability": in_words(stability[code]) if code in stability else "not measured",
+            "stability": _stability(stability[code]) if code in stability else "not measured",
             "neurons": [each["neurons"].get(code, "") for each in index["sets"]],
         }
         for code, tokens in index["tokens"].items()
@@ -113,6 +113,12 @@ def _is_hub_id(model: Any) -> bool:
         return False
     # A model that was read from a folder has the folder's name.
     return not Path(model).exists()
+
+
+def _stability(measured: dict[str, Any]) -> str:
+    if measured["jaccard"] is None:
+        return "unknown"
+    return "{:.2f} ({:.2f} to {:.2f})".format(measured["jaccard"], *measured["interval"])
 
 
 def _corpus_in_words(corpus: Any) -> str:

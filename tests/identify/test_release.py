@@ -24,7 +24,10 @@ METADATA = {
     "tokenizer_hash": "t" * 64,
     "corpus": {"spec": "texts", "lines": "1-90", "text_column": None, "languages": ["xyz_Latn"]},
     "context_length": 512,
-    "stability": {"mlt_Latn": {"jaccard": 0.971234, "stable": True}},
+    "stability": {
+        "mlt_Latn": {"jaccard": 0.971234, "interval": [0.9512, 0.9876], "neurons": 40},
+        "nob_Latn": {"jaccard": None, "interval": None, "neurons": 0},
+    },
 }
 HOSTILE = "x\n---\nlicense: evil\n# <script>alert(1)</script> | `code` [link](http://evil.example) *b*\u202e"
 
@@ -119,7 +122,7 @@ def test_the_card_states_what_a_user_must_know(workplace):
     row = next(line for line in text.splitlines() if line.startswith(r"| cym\_Latn"))
     counts = " | ".join(str(each.count("cym_Latn")) for each in workplace.sets.values())
     assert row == rf"| cym\_Latn | Welsh | 12,345 | not measured | {counts} |"
-    assert "jaccard 0.971234, stable True" in text
+    assert "| Maltese | 100 | 0.97 (0.95 to 0.99) |" in text and "Bokmål | 100 | unknown |" in text
     assert "| corpus | spec texts, lines 1-90 |" in text
     assert "Measured on: spec held-out, lines 91-99." in text
     assert r"| cym\_Latn | Welsh | " in text and "| +0.5000 | +0.5000 | +0.5000 |" in text
@@ -139,7 +142,7 @@ def test_the_card_says_what_was_not_measured(workplace):
 
 
 def test_metadata_can_neither_break_the_header_nor_write_into_the_card(tmp_path):
-    workplace = Workplace(tmp_path, model=HOSTILE, corpus={"spec": HOSTILE}, stability={"mlt_Latn": HOSTILE})
+    workplace = Workplace(tmp_path, model=HOSTILE, corpus={"spec": HOSTILE}, dtype=HOSTILE)
     workplace.publish(license=HOSTILE)
     header, text = workplace.card()
     assert header["license"] == " ".join(HOSTILE.split()).replace("\u202e", "") and "base_model" not in header
