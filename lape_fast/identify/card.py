@@ -118,7 +118,7 @@ def _is_hub_id(model: Any) -> bool:
 def _stability(measured: dict[str, Any]) -> str:
     if measured["jaccard"] is None:
         return "unknown"
-    return "{:.2f} ({:.2f} to {:.2f})".format(measured["jaccard"], *measured["interval"])
+    return "{:.2f}, {:.2f} to {:.2f}".format(measured["jaccard"], *measured["interval"])
 
 
 def _corpus_in_words(corpus: Any) -> str:
