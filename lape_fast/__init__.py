@@ -33,13 +33,14 @@ _PUBLIC = {
         "identify_neurons",
         "import_masks",
         "parse_rules",
+        "publish_release",
         "random_like",
         "rule_name",
         "select_many",
         "select_neurons",
     ),
     "tune": ("SubnetworkConfig", "TrainingSettings", "attach_subnetwork", "load_adapter", "tune_language"),
-    "study": ("ablate_neurons", "evaluate_languages", "prepare_text", "score", "silenced"),
+    "study": ("AblationMatrix", "ablate_neurons", "evaluate_languages", "prepare_text", "score", "silenced"),
 }
 _FOLDERS = {name: folder for folder, names in _PUBLIC.items() for name in names}
 

@@ -236,7 +236,7 @@ def _report(output: Path, summary, neurons: NeuronSet, matrix: AblationMatrix, b
     for stem, figure in figures.items():
         save_figure(figure, output / f"{stem}.png")
     tuning, everything = summary["tuning"]["methods"], summary["all_languages"]
-    own, others = matrix.own(), matrix.others()
+    mean = matrix.mean_selectivity()
     header, rows = _result_rows(summary)
     sections = [
         Section(
@@ -265,9 +265,9 @@ def _report(output: Path, summary, neurons: NeuronSet, matrix: AblationMatrix, b
         Section(
             heading="What switching them off costs",
             paragraphs=[
-                f"On average a language loses {fmean(own.values()):.3f} bits per byte without its own neurons, and the "
-                f"others {fmean(others.values()):.3f}. {len(matrix.hits_own_hardest())} of {len(matrix.ablated)} "
-                "languages are hit hardest by the loss of their own.",
+                f"On average a language loses {mean['own']:.3f} bits per byte without its own neurons, and the others "
+                f"{mean['own'] - mean['over_mean_of_others']:.3f}. {len(matrix.hits_own_hardest())} of "
+                f"{len(matrix.ablated)} languages are hit hardest by the loss of their own.",
             ],
             picture=Picture(
                 figures["ablation"],

@@ -145,6 +145,31 @@ def print_scores(columns: dict, as_json: bool) -> None:
     Console().print(table)
 
 
+def print_ablation(matrix, as_json: bool) -> None:
+    """Prints what each language's neurons are worth to it and to the others."""
+    if as_json:
+        print_json(matrix.to_json())
+        return
+    table = new_table(
+        "switched off", "neurons", "costs itself (bits per byte)", "over the next worst", "over the mean of the others"
+    )
+    selectivity = matrix.selectivity()
+    for language, size in zip(matrix.ablated, matrix.neurons, strict=True):
+        if language in selectivity:
+            table.add_row(language, f"{size:,}", *map(_signed, selectivity[language].values()))
+    table.add_section()
+    table.add_row(
+        "mean", f"{sum(matrix.neurons) / len(matrix.neurons):,.1f}", *map(_signed, matrix.mean_selectivity().values())
+    )
+    Console().print(table)
+    none = matrix.neurons.count(0)
+    without = f" {none} {'has' if none == 1 else 'have'} no neurons." if none else ""
+    Console().print(
+        f"{len(matrix.hits_own_hardest())} of {len(selectivity)} languages are hit hardest by the loss of their own "
+        f"neurons.{without}"
+    )
+
+
 def print_facts(name: Any, facts: dict[str, Any], as_json: bool) -> None:
     """Prints names and values."""
     if as_json:

@@ -31,6 +31,7 @@ COMMANDS = [
     "evaluate",
     "ablate",
     "merge",
+    "publish",
     "convert",
     "corpora",
     "info",
@@ -158,7 +159,7 @@ def test_a_measured_selectivity_is_printed_with_the_selection(workplace, monkeyp
     assert "own cost" not in run("info", path)
 
 
-def test_tune_evaluate_merge_and_ablate(workplace):
+def test_tune_evaluate_and_merge(workplace):
     base, texts = workplace / "base", workplace / "texts"
     neurons, adapter = workplace / "out" / "neurons.safetensors", workplace / "adapter"
     common = ["--model", base, "--corpus", texts]
@@ -179,16 +180,41 @@ def test_tune_evaluate_merge_and_ablate(workplace):
     for language in TEXTS:
         tuned = scores["adapter"][language]["bits_per_byte"]
         assert merged["base"][language]["bits_per_byte"] == pytest.approx(tuned, rel=1e-5)
-    matrix = json.loads(
-        run(
-            *("ablate", *common, "--neurons", neurons, "--lines", "26-30", "--json"),
-            *("--output", workplace / "ablation.json", "--figure", workplace / "ablation.png"),
-        )
-    )
-    assert matrix["evaluated"] == sorted(TEXTS)
-    assert json.loads((workplace / "ablation.json").read_text()) == matrix
-    assert (workplace / "ablation.png").read_bytes().startswith(b"\x89PNG")
     assert "Maltese" in run("info", adapter) or "mlt_Latn" in run("info", adapter)
+
+
+def test_ablate_writes_three_files_beside_the_neurons_and_a_repeated_command_nothing(workplace):
+    folder = workplace / "out"
+    command = ["ablate", "--model", workplace / "base", "--corpus", workplace / "texts", "--lines", "26-30"]
+    command += ["--neurons", folder / "neurons.safetensors"]
+    matrix = json.loads(run(*command, "--json"))
+    assert matrix["evaluated"] == sorted(TEXTS)
+    files = [folder / f"neurons.ablation.{suffix}" for suffix in ("json", "csv", "png")]
+    assert json.loads(files[0].read_text()) == matrix
+    assert files[1].read_text().count("\n") == 10
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+    before = [file.stat().st_mtime_ns for file in files]
+    printed = run(*command)
+    assert f"{len(matrix['hits_own_hardest'])} of 3 languages are hit hardest" in printed
+    assert f"{matrix['selectivity']['mlt_Latn']['over_next_worst']:+.4f}" in printed
+    assert before == [file.stat().st_mtime_ns for file in files]
+    # A picture that is missing beside a finished matrix is drawn again.
+    files[2].unlink()
+    run(*command)
+    assert files[2].exists()
+
+
+def test_publish_lays_out_a_release_that_reads_back(workplace):
+    folder, release = workplace / "out", workplace / "release"
+    command = ["publish", release, "--counts", folder / "counts.safetensors", "--license", "cc0-1.0"]
+    command += ["--neurons", folder / "neurons.safetensors"]
+    printed = run(*command)
+    assert "hf upload OWNER/NAME" in printed
+    index = json.loads((release / "release.json").read_text())
+    assert index["license"] == "cc0-1.0"
+    neurons = NeuronSet.from_pretrained(release)
+    assert neurons.fingerprint() == NeuronSet.load(folder / "neurons.safetensors").fingerprint()
+    assert "counts.safetensors" in {file.name for file in release.iterdir()}
 
 
 def test_convert_goes_to_the_published_format_and_back(workplace):
@@ -224,6 +250,8 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
     bad_json.write_text("[1]")
     other.write_text(json.dumps({"neurons_fingerprint": "another", "selectivity": {}, "mean_selectivity": {}}))
     tune = ["tune", "--model", base, "--corpus", texts, "--output", workplace / "new"]
+    (workplace / "taken.png").touch()
+    ablate = ["ablate", "--model", base, "--corpus", texts, "--neurons", neurons]
     for arguments, words in (
         (["info", workplace / "missing.safetensors"], "does not exist"),
         (["select", counts, "--output", neurons], "exists already"),
@@ -239,6 +267,10 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
         ([*tune, "--neurons", neurons, "--language", "mlt_Latn", "--method", "magic"], "'magic'"),
         (["evaluate", "--model", workplace / "nowhere", "--corpus", texts], "nowhere"),
         (["evaluate", "--model", base, "--corpus", workplace / "nowhere"], "nowhere"),
+        (["publish", texts, "--counts", counts, "--neurons", neurons], "texts exists already"),
+        (["publish", workplace / "new", "--counts", neurons, "--neurons", neurons], "'neurons'"),
+        ([*ablate, "--output", workplace / "ablation.csv"], "ending in .json"),
+        ([*ablate, "--output", workplace / "taken.json"], "taken.png exists already"),
     ):
         sentence = failure(monkeypatch, capsys, *arguments)
         assert sentence.startswith("Error: "), sentence

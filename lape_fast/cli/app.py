@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lape_fast import __version__
-from lape_fast.cli import identify, study, tour, tune
+from lape_fast.cli import identify, publish, study, tour, tune
 from lape_fast.errors import LapeFastError
 
 # Commands import what they use: torch and transformers take seconds, and `--help` should not.
@@ -33,6 +33,7 @@ COMMANDS = (
     study.evaluate,
     study.ablate,
     tune.merge,
+    publish.publish,
     identify.convert,
     tour.corpora,
     tour.info,

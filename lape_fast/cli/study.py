@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from lape_fast.cli.options import (
     DEFAULT_CORPUS,
@@ -26,7 +25,8 @@ from lape_fast.cli.options import (
     load,
     open_text,
 )
-from lape_fast.terminal import new_table, print_json, print_scores
+from lape_fast.errors import ConfigError
+from lape_fast.terminal import print_ablation, print_scores
 
 
 def evaluate(
@@ -68,8 +68,10 @@ def ablate(
     lines: Lines = None,
     languages: Languages = None,
     text_column: TextColumn = None,
-    output: Annotated[Path | None, typer.Option("--output", help="JSON file for the whole matrix.")] = None,
-    figure: Annotated[Path | None, typer.Option("--figure", help="PNG file for the matrix as a heat map.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="JSON file; NAME.ablation.json beside NAME.safetensors by default."),
+    ] = None,
     context_length: ContextLength = 512,
     batch_tokens: BatchTokens = 8192,
     dtype: Dtype = "auto",
@@ -79,31 +81,33 @@ def ablate(
 ) -> None:
     """Switch each language's neurons off in turn and measure what that costs every language.
 
-    Example: lape-fast ablate --model M --neurons out/neurons.safetensors --corpus texts/ --lines 1798-1997
-    --figure ablation.png
-    """
-    from lape_fast.files import refuse_existing, write_json
-    from lape_fast.identify import NeuronSet
-    from lape_fast.study import ablate_neurons, prepare_text
+    Writes the whole matrix as JSON, and beside it a table for pandas (.csv) and a heat map (.png). The same command
+    goes on with an interrupted run.
 
-    for path in filter(None, (output, figure)):
-        refuse_existing(path)
+    Example: lape-fast ablate --model M --neurons out/neurons.safetensors --corpus texts/ --lines 1798-1997
+    """
+    from lape_fast.files import refuse_existing
+    from lape_fast.identify import NeuronSet
+    from lape_fast.report import ablation_heatmap, save_figure
+    from lape_fast.study import ablate_to_file, prepare_text
+
+    output = output or neurons.with_suffix(".ablation.json")
+    if output.suffix != ".json":
+        raise ConfigError(f"The output {output} is a JSON file beside which more is written; name one ending in .json.")
+    writers = {
+        output.with_suffix(".csv"): lambda path: matrix.save_csv(path),
+        output.with_suffix(".png"): lambda path: save_figure(ablation_heatmap(matrix), path),
+    }
+    if not output.exists():
+        for path in writers:
+            refuse_existing(path)
     chosen = NeuronSet.load(neurons)
     opened = open_text(corpus, lines, languages, text_column)
     loaded, tokenizer = load(model, dtype, device)
     text = prepare_text(loaded, tokenizer, opened, context_length=context_length, batch_tokens=batch_tokens)
-    matrix = ablate_neurons(loaded, chosen, text)
-    if output is not None:
-        write_json(output, matrix.to_json())
-    if figure is not None:
-        from lape_fast.report import ablation_heatmap, save_figure
-
-        save_figure(ablation_heatmap(matrix), figure)
-    if as_json:
-        print_json(matrix.to_json())
-        return
-    table = new_table("switched off", "neurons", "costs itself (bits per byte)", "costs the others, mean")
-    own, others = matrix.own(), matrix.others()
-    for language, size in zip(matrix.ablated, matrix.neurons, strict=True):
-        table.add_row(language, f"{size:,}", f"{own[language]:+.4f}", f"{others[language]:+.4f}")
-    Console().print(table)
+    matrix = ablate_to_file(loaded, chosen, text, output)
+    for path, write in writers.items():
+        # A run that is repeated finds them, unless it was stopped between them.
+        if not path.exists():
+            write(path)
+    print_ablation(matrix, as_json)

@@ -9,6 +9,7 @@ from lape_fast.identify.identification import count_to_file, identify_neurons
 from lape_fast.identify.masks import export_masks, import_masks
 from lape_fast.identify.merging import merge_files
 from lape_fast.identify.neurons import NeuronSet, random_like
+from lape_fast.identify.release import publish_release
 from lape_fast.identify.rules import RULES, Budget, Lape, Percentile, Rule, parse_rules, rule_name
 from lape_fast.identify.selection import select_many, select_neurons
 from lape_fast.identify.stability import measure_stability
@@ -35,6 +36,7 @@ __all__ = [
     "measure_stability",
     "merge_files",
     "parse_rules",
+    "publish_release",
     "random_like",
     "rule_name",
     "select_many",

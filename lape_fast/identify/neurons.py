@@ -238,6 +238,28 @@ class NeuronSet:
         except (ShapeError, LanguageError) as error:
             raise FileFormatError(f"{path} holds neurons that make no sense: {error}") from error
 
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike, rule: str | None = None, revision: str | None = None
+    ) -> NeuronSet:
+        """Reads a set of a neuron release, as ``lape-fast publish`` lays it out.
+
+        Args:
+            source: the folder of the release, which is read without any network, or its hub id.
+            rule: the name of the set; may be left out where there is only one.
+            revision: branch, tag or commit on the hub.
+
+        Raises:
+            ConfigError: no such release, or not one set that is named; the message lists them.
+            FileFormatError: no release, or neurons other than its index says.
+
+        Example:
+            >>> NeuronSet.from_pretrained("owner/llama-3.1-8b-neurons", rule="lape-top0.05")["mlt_Latn"]
+        """
+        from lape_fast.identify.release import load_release
+
+        return load_release(source, rule, revision)
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes ``neurons.safetensors``, atomically."""
         fields = {name: getattr(self, name) for name in ("languages", "layers", "neurons_per_layer")}

@@ -119,6 +119,8 @@ def neurons_per_language(neurons: NeuronSet) -> Figure:
 def ablation_heatmap(matrix: AblationMatrix) -> Figure:
     """What switching off each language's neurons costs every language: a diverging map around 0.
 
+    Languages stand in the order of script, then name: neighbours share their letters, and often suffer together.
+
     Args:
         matrix: what ``ablate_neurons`` returned; each entry of its ``cost`` is a cell, and a language's effect on
             itself is outlined.
@@ -130,7 +132,8 @@ def ablation_heatmap(matrix: AblationMatrix) -> Figure:
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
 
-    cost = matrix.cost.numpy()  # [rows, columns]
+    rows, columns = _by_script(matrix.ablated), _by_script(matrix.evaluated)
+    cost = matrix.cost[rows][:, columns].numpy()  # [rows, columns]
     if not cost.size:
         raise ShapeError(
             f"The ablation matrix has {len(matrix.ablated)} rows and {len(matrix.evaluated)} columns, so there is "
@@ -143,24 +146,19 @@ def ablation_heatmap(matrix: AblationMatrix) -> Figure:
     image = axes.imshow(cost, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", interpolation="none")
     decimals = 3 if largest < 0.1 else 2
     write_cells(image, [[_signed(value, decimals) for value in row] for row in cost.tolist()])
-    label_rows(
-        axes,
-        [
-            f"{language_label(language)} ({count:,})"
-            for language, count in zip(matrix.ablated, matrix.neurons, strict=True)
-        ],
-    )
-    label_columns(axes, [language_label(language) for language in matrix.evaluated])
-    for row, language in enumerate(matrix.ablated):
-        if language in matrix.evaluated:
-            corner = (matrix.evaluated.index(language) - 0.5, row - 0.5)
+    label_rows(axes, [f"{language_label(matrix.ablated[row])} ({matrix.neurons[row]:,})" for row in rows])
+    label_columns(axes, [language_label(matrix.evaluated[column]) for column in columns])
+    places = {matrix.evaluated[column]: place for place, column in enumerate(columns)}
+    for place, row in enumerate(rows):
+        if matrix.ablated[row] in places:
+            corner = (places[matrix.ablated[row]] - 0.5, place - 0.5)
             axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#000000", linewidth=1.4))
     colour_bar(image, MaxNLocator(5))
     heading(
         axes,
         "Cost of switching off a language's neurons",
         "Row: whose neurons were switched off (how many). Column: language measured.",
-        "Outlined: the language itself.",
+        "Outlined: the language itself. Languages are ordered by script, then name.",
         "Bits per byte added (above 0, red: worse; below 0, blue: better)",
     )
     return fitted(figure, axes)
@@ -249,6 +247,12 @@ def learning_curve(log: Sequence[Mapping[str, Any]], title: str) -> Figure:
     axes.legend(borderaxespad=0.5)
     axes.set_title(plain(title, LONGEST_TITLE), loc="left", fontdict=TITLE_FONT)
     return fitted(figure, axes)
+
+
+def _by_script(languages: Sequence[str]) -> list[int]:
+    """The positions of languages in the order of script, then name."""
+    keys = [(code.partition("_")[2], language_label(code)) for code in languages]
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def _changes(before: Mapping[str, float], after: Mapping[str, float], target: str, method: str) -> dict[str, float]:

@@ -1,13 +1,15 @@
 """Studying what happened: scores per language, and what switching neurons off costs."""
 
-from lape_fast.study.ablate import AblationMatrix, ablate_neurons, silenced
+from lape_fast.study.ablate import ablate_neurons, ablate_to_file, silenced
 from lape_fast.study.evaluate import EvaluationText, LanguageScore, evaluate_languages, prepare_text, score
+from lape_fast.study.matrix import AblationMatrix
 
 __all__ = [
     "AblationMatrix",
     "EvaluationText",
     "LanguageScore",
     "ablate_neurons",
+    "ablate_to_file",
     "evaluate_languages",
     "prepare_text",
     "score",

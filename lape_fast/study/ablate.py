@@ -3,72 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lape_fast.errors import ConfigError, FileExistsAlreadyError, LanguageError
+from lape_fast.files import read_tensors, write_tensors
 from lape_fast.identify import NeuronSet
-from lape_fast.models import check_neurons, find_ffns
+from lape_fast.identify.checkpoints import differences
+from lape_fast.identify.counts import canonical_or_same, find_language
+from lape_fast.models import check_neurons, find_ffns, model_identity
 from lape_fast.progress import progress_bar
-from lape_fast.study.evaluate import EvaluationText, score
+from lape_fast.study.evaluate import EvaluationText, score_nats
+from lape_fast.study.matrix import AblationMatrix
 
-
-@dataclass(frozen=True)
-class AblationMatrix:
-    """What switching off one language's neurons costs every language.
-
-    Attributes:
-        ablated: whose neurons were switched off, one per row.
-        evaluated: whose text was measured, one per column.
-        base: bits per byte of the intact model, ``[columns]``.
-        cost: bits per byte added by the ablation, ``[rows, columns]``.
-        neurons: how many neurons were switched off, ``[rows]``.
-    """
-
-    ablated: tuple[str, ...]
-    evaluated: tuple[str, ...]
-    base: Tensor
-    cost: Tensor
-    neurons: tuple[int, ...]
-
-    def own(self) -> dict[str, float]:
-        """What switching off a language's neurons costs that language."""
-        return {
-            language: float(self.cost[row, self.evaluated.index(language)])
-            for row, language in enumerate(self.ablated)
-            if language in self.evaluated
-        }
-
-    def others(self) -> dict[str, float]:
-        """The mean cost for all other evaluated languages."""
-        means = {}
-        for row, language in enumerate(self.ablated):
-            rest = [column for column, other in enumerate(self.evaluated) if other != language]
-            means[language] = float(self.cost[row, rest].mean()) if rest else float("nan")
-        return means
-
-    def hits_own_hardest(self) -> list[str]:
-        """The languages that suffer most of all from the loss of their own neurons."""
-        return [
-            language
-            for row, language in enumerate(self.ablated)
-            if self.neurons[row] and self.evaluated[int(self.cost[row].argmax())] == language
-        ]
-
-    def to_json(self) -> dict:
-        """All of it as JSON values."""
-        return {
-            "ablated": list(self.ablated),
-            "evaluated": list(self.evaluated),
-            "base_bits_per_byte": self.base.tolist(),
-            "cost_bits_per_byte": self.cost.tolist(),
-            "neurons": list(self.neurons),
-            "own": self.own(),
-            "others_mean": self.others(),
-            "hits_own_hardest": self.hits_own_hardest(),
-        }
+PARTIAL_KIND = "ablation-rows"
 
 
 @contextlib.contextmanager
@@ -104,7 +57,12 @@ def silenced(model: nn.Module, neurons: Sequence[Tensor]) -> Iterator[None]:
 
 
 def ablate_neurons(
-    model: nn.Module, neurons: NeuronSet, text: EvaluationText, languages: Sequence[str] | None = None
+    model: nn.Module,
+    neurons: NeuronSet,
+    text: EvaluationText,
+    languages: Sequence[str] | None = None,
+    *,
+    checkpoint: str | os.PathLike | None = None,
 ) -> AblationMatrix:
     """Measures every language with each language's neurons switched off in turn.
 
@@ -113,24 +71,113 @@ def ablate_neurons(
         neurons: whose neurons to switch off.
         text: what to measure on.
         languages: which of ``neurons`` to switch off; by default those that are also in ``text``.
+        checkpoint: a file that keeps every finished row, and from which the run goes on when it exists.
+
+    Raises:
+        ArchitectureError: the neurons are of a model of another size.
+        LanguageError: no language to switch off, or one that ``neurons`` lacks.
+        ConfigError: the checkpoint belongs to another run.
 
     Example:
         >>> text = prepare_text(model, tokenizer, open_corpus("held-out/"))
-        >>> ablate_neurons(model, neurons, text).own()["mlt_Latn"]
+        >>> ablate_neurons(model, neurons, text).selectivity()["mlt_Latn"]
     """
-    ablated = tuple(languages or [language for language in neurons.languages if language in text.languages])
-    base = score(model, text, "intact model")
-    rows = []
-    with progress_bar("ablating", len(ablated)) as advance:
-        for language in ablated:
-            with silenced(model, neurons[language]):
-                scores = score(model, text)
-            rows.append([scores[other].bits_per_byte - base[other].bits_per_byte for other in text.languages])
-            advance(1, 0)
-    return AblationMatrix(
-        ablated,
-        text.languages,
-        torch.tensor([base[language].bits_per_byte for language in text.languages], dtype=torch.float64),
-        torch.tensor(rows, dtype=torch.float64).view(len(ablated), len(text.languages)),
-        tuple(neurons.count(language) for language in ablated),
-    )
+    ablated = _ablated(neurons, text, languages)
+    run = ablation_identity(model, neurons, text, ablated)
+    neurons.check_model(run["layers"], run["neurons_per_layer"])
+    rows = len(text.packed.input_ids)
+    measured = _finished_rows(checkpoint, run)  # the intact model's, then one for each language
+    with progress_bar("ablating", rows * (1 + len(ablated))) as advance:
+        advance(rows * len(measured))
+        for language in (None, *ablated)[len(measured) :]:
+            if language is None:
+                measured.append(score_nats(model, text, advance))
+            elif neurons.count(language):
+                with silenced(model, neurons[language]):
+                    measured.append(score_nats(model, text, advance))
+            else:
+                measured.append(measured[0])
+                advance(rows)
+            if checkpoint is not None:
+                write_tensors(checkpoint, PARTIAL_KIND, {"nats": torch.stack(measured)}, {"run": run})
+    counts = tuple(neurons.count(language) for language in ablated)
+    nats = torch.stack(measured)
+    metadata = {name: value for name, value in run.items() if name != "ablated"}
+    return AblationMatrix(ablated, text.languages, counts, text.tokens, text.bytes, nats[0], nats[1:], metadata)
+
+
+def ablate_to_file(
+    model: nn.Module,
+    neurons: NeuronSet,
+    text: EvaluationText,
+    path: str | os.PathLike,
+    languages: Sequence[str] | None = None,
+) -> AblationMatrix:
+    """``ablate_neurons`` into a JSON file, through ``PATH.partial``, from which an interrupted run goes on.
+
+    The same call with the same path does nothing twice.
+
+    Raises:
+        FileExistsAlreadyError: the file holds the ablation of another run.
+
+    Example:
+        >>> ablate_to_file(model, neurons, text, "out/neurons.ablation.json").hits_own_hardest()
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    if path.exists():
+        matrix = AblationMatrix.load(path)
+        run = ablation_identity(model, neurons, text, _ablated(neurons, text, languages))
+        changed = differences(run, {**matrix.metadata, "ablated": list(matrix.ablated)})
+        if changed:
+            raise FileExistsAlreadyError(
+                f"{path} holds the ablation of another run ({changed}); choose another output or remove the file."
+            )
+    else:
+        matrix = ablate_neurons(model, neurons, text, languages, checkpoint=partial)
+        matrix.save(path)
+    partial.unlink(missing_ok=True)
+    return matrix
+
+
+def ablation_identity(
+    model: nn.Module, neurons: NeuronSet, text: EvaluationText, ablated: Sequence[str]
+) -> dict[str, Any]:
+    """Everything that decides an ablation, as JSON values: two runs with the same identity measure the same."""
+    parameter = next(model.parameters())
+    return {
+        **model_identity(model),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": parameter.device.type,
+        "neurons_fingerprint": neurons.fingerprint(),
+        **text.source,
+        "ablated": list(ablated),
+    }
+
+
+def _ablated(neurons: NeuronSet, text: EvaluationText, languages: Sequence[str] | None) -> tuple[str, ...]:
+    held = [canonical_or_same(language) for language in neurons.languages]
+    if languages is None:
+        chosen = [language for language in held if language in text.languages]
+    else:
+        chosen = [held[find_language(held, language)] for language in languages]
+    if not chosen:
+        raise LanguageError(
+            f"None of the {len(held)} languages with neurons is to be switched off and measured: they are "
+            f"{', '.join(held[:5])}, and the text is in {', '.join(text.languages[:5])}; give text in one of them."
+        )
+    return tuple(chosen)
+
+
+def _finished_rows(checkpoint: str | os.PathLike | None, run: dict[str, Any]) -> list[Tensor]:
+    """float64 ``[columns]`` for the intact model and each language done, in order; empty before the first."""
+    if checkpoint is None or not Path(checkpoint).exists():
+        return []
+    tensors, metadata = read_tensors(checkpoint, PARTIAL_KIND)
+    changed = differences(run, metadata["run"])
+    if changed:
+        raise ConfigError(
+            f"{checkpoint} holds an interrupted run of another kind ({changed}); resume it with its own settings, or "
+            "choose another output."
+        )
+    return list(tensors["nats"])

@@ -7,7 +7,7 @@ import math
 import torch
 
 from lape_fast.identify.neurons import NeuronSet
-from lape_fast.study.ablate import AblationMatrix
+from lape_fast.study import AblationMatrix
 from lape_fast.text.languages import cldr_locales
 
 LAYERS = 6
@@ -30,13 +30,29 @@ def neuron_set(number: int) -> NeuronSet:
     return NeuronSet.from_lists(lists, neurons_per_layer=NEURONS_PER_LAYER)
 
 
+def matrix_of(ablated: list[str], evaluated: list[str], cost: torch.Tensor, neurons: list[int]) -> AblationMatrix:
+    """The matrix of these costs in bits per byte, above 2 bits per byte, in text with a token every two bytes."""
+    size = 2**20
+    base = torch.full((len(evaluated),), 2.0, dtype=torch.float64)
+    nats = (base + cost.double()) * math.log(2) * size
+    columns = len(evaluated)
+    return AblationMatrix(
+        tuple(ablated),
+        tuple(evaluated),
+        tuple(neurons),
+        (size // 2,) * columns,
+        (size,) * columns,
+        base * math.log(2) * size,
+        nats.view(len(ablated), columns),
+    )
+
+
 def ablation_matrix(rows: int, columns: int) -> AblationMatrix:
     """Every row costs its own language 0.2 bits per byte and helps or harms the others a little."""
     cost = torch.linspace(-0.05, 0.05, rows * columns, dtype=torch.float64).view(rows, columns)
     cost[range(rows), range(rows)] = 0.2
-    languages = tuple(codes(columns))
-    base = torch.full((columns,), 2.0, dtype=torch.float64)
-    return AblationMatrix(languages[:rows], languages, base, cost, tuple(range(rows)))
+    languages = codes(columns)
+    return matrix_of(languages[:rows], languages, cost, list(range(rows)))
 
 
 def scores(number: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:

@@ -24,8 +24,7 @@ from lape_fast.report import (
     save_figure,
 )
 from lape_fast.report.canvas import house_style
-from lape_fast.study.ablate import AblationMatrix
-from tests.report.samples import LAYERS, ablation_matrix, codes, neuron_set, scores, training_log
+from tests.report.samples import LAYERS, ablation_matrix, codes, matrix_of, neuron_set, scores, training_log
 
 SIZES = (1, 24, 123)
 HOSTILE = '<script>alert("$x^$")</script>\n&\x00_Latn'
@@ -57,6 +56,10 @@ def _bars(figure) -> list[list[float]]:
 
 def _row_names(figure) -> list[str]:
     return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+
+def _column_names(figure) -> list[str]:
+    return [label.get_text() for label in figure.axes[0].get_xticklabels()]
 
 
 @pytest.mark.parametrize("number", SIZES)
@@ -101,12 +104,34 @@ def test_ablation_is_centred_and_marks_the_own_language(rows, columns):
     matrix = ablation_matrix(rows, columns)
     figure = ablation_heatmap(matrix)
     (image,) = figure.axes[0].images
-    numpy.testing.assert_array_equal(image.get_array(), matrix.cost.numpy())
+    drawn = image.get_array()
     low, high = image.get_clim()
     assert low == -high and high == pytest.approx(0.2)
-    outlined = [(patch.get_y() + 0.5, patch.get_x() + 0.5) for patch in figure.axes[0].patches]
-    assert outlined == [(row, row) for row in range(rows)]
-    assert all(f"({count:,})" in name for count, name in zip(matrix.neurons, _row_names(figure), strict=True))
+    rows_drawn, columns_drawn = _row_names(figure), _column_names(figure)
+    for row, (language, count) in enumerate(zip(matrix.ablated, matrix.neurons, strict=True)):
+        place = rows_drawn.index(f"{language_label(language)} ({count:,})")
+        for column, other in enumerate(matrix.evaluated):
+            assert drawn[place, columns_drawn.index(language_label(other))] == matrix.cost[row, column]
+    outlined = [(round(patch.get_y() + 0.5), round(patch.get_x() + 0.5)) for patch in figure.axes[0].patches]
+    assert [drawn[place] for place in outlined] == pytest.approx([0.2] * rows)
+    assert len(set(outlined)) == rows
+
+
+def test_a_heat_map_puts_languages_of_one_script_together():
+    languages = ["rus_Cyrl", "eng_Latn", "ukr_Cyrl", "afr_Latn", "bul_Cyrl"]
+    names = _column_names(ablation_heatmap(matrix_of(languages, languages, torch.eye(5), [1] * 5)))
+    assert names == ["Bulgarian", "Russian", "Ukrainian", "Afrikaans", "English"]
+
+
+def test_the_heat_map_of_120_languages_is_a_picture_of_sane_size(tmp_path):
+    from matplotlib.image import imread
+
+    path = tmp_path / "ablation.png"
+    save_figure(ablation_heatmap(ablation_matrix(120, 120)), path)
+    height, width, _ = imread(path).shape
+    # At least 20 pixels for a row with its name, and no more than a viewer opens.
+    assert 120 * 20 < height < 5000 and 120 * 20 < width < 5000
+    assert path.stat().st_size < 5_000_000
 
 
 def test_red_is_harm_and_the_legend_says_so():
@@ -120,10 +145,10 @@ def test_red_is_harm_and_the_legend_says_so():
 
 
 def test_an_ablation_without_effect_is_drawn_and_one_without_rows_refused():
-    still = AblationMatrix(("mlt_Latn",), ("mlt_Latn",), torch.ones(1), torch.tensor([[-1e-9]]), (0,))
+    still = matrix_of(["mlt_Latn"], ["mlt_Latn"], torch.tensor([[-1e-9]]), [0])
     assert "+0.000" in _words(ablation_heatmap(still))
     with pytest.raises(ShapeError, match="0 rows"):
-        ablation_heatmap(AblationMatrix((), ("mlt_Latn",), torch.ones(1), torch.ones(0, 1), ()))
+        ablation_heatmap(matrix_of([], ["mlt_Latn"], torch.ones(0, 1), []))
 
 
 @pytest.mark.parametrize("number", SIZES)

@@ -1,4 +1,4 @@
-"""Scores against a plain computation, and ablation that leaves no trace."""
+"""Scores against a plain computation, and neurons that are switched off without a trace."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from lape_fast.errors import ArchitectureError, CorpusError
-from lape_fast.identify import NeuronSet
 from lape_fast.models import find_ffns
-from lape_fast.study import ablate_neurons, evaluate_languages, prepare_text, score, silenced
+from lape_fast.study import evaluate, evaluate_languages, prepare_text, score, silenced
 from lape_fast.text import open_corpus, tokenize
 from tests.tiny_models import DENSE_TYPES, TINY_TYPES, tiny_model, tiny_tokenizer
 
@@ -56,6 +55,15 @@ def test_a_document_longer_than_a_row_is_scored_on_every_token_but_the_first(cor
     assert {language: result.tokens for language, result in score(model, text).items()} == expected
 
 
+def test_the_loss_of_a_few_positions_at_a_time_is_the_same(corpus, monkeypatch):
+    model = tiny_model()
+    text = prepare_text(model, tiny_tokenizer(), corpus, context_length=64)
+    at_once = score(model, text)
+    # Three positions of the tiny vocabulary.
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", 900)
+    assert score(model, text) == at_once
+
+
 def test_the_model_keeps_its_mode(corpus):
     model = tiny_model().train()
     evaluate_languages(model, tiny_tokenizer(), corpus)
@@ -66,6 +74,14 @@ def test_a_language_without_text_is_named(corpus, tmp_path):
     (tmp_path / "deu_Latn.txt").write_text("\n")
     with pytest.raises(CorpusError, match="deu_Latn"):
         prepare_text(tiny_model(), tiny_tokenizer(), open_corpus(str(tmp_path)))
+
+
+def test_a_language_of_which_nothing_can_be_predicted_is_named(corpus, tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.bos_token = tokenizer.eos_token = None
+    (tmp_path / "deu_Latn.txt").write_text("a\nb\n")
+    with pytest.raises(CorpusError, match="Not one token of deu_Latn"):
+        prepare_text(tiny_model(), tokenizer, open_corpus(str(tmp_path)))
 
 
 @pytest.mark.parametrize("model_type", DENSE_TYPES)
@@ -91,25 +107,6 @@ def test_silenced_neurons_come_back_after_an_error():
     with pytest.raises(KeyboardInterrupt), silenced(model, [torch.tensor([1]), torch.tensor([2])]):
         raise KeyboardInterrupt
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_the_ablation_matrix_is_the_difference_of_scores(corpus):
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    neurons = NeuronSet.from_lists({"mlt_Latn": [[1, 5, 40], [0, 2]], "eng_Latn": [[], []]}, neurons_per_layer=48)
-    text = prepare_text(model, tokenizer, corpus)
-    matrix = ablate_neurons(model, neurons, text)
-    base = score(model, text)
-    with silenced(model, neurons["mlt_Latn"]):
-        without = score(model, text)
-    row = matrix.ablated.index("mlt_Latn")
-    for column, language in enumerate(matrix.evaluated):
-        assert float(matrix.cost[row, column]) == without[language].bits_per_byte - base[language].bits_per_byte
-    # Switching nothing off costs nothing, and hits nobody.
-    assert not matrix.cost[matrix.ablated.index("eng_Latn")].any()
-    assert "eng_Latn" not in matrix.hits_own_hardest()
-    assert matrix.neurons == (5, 0)
-    assert matrix.own()["mlt_Latn"] == float(matrix.cost[row, matrix.evaluated.index("mlt_Latn")])
-    assert matrix.others()["mlt_Latn"] == float(matrix.cost[row, matrix.evaluated.index("eng_Latn")])
 
 
 def test_neurons_of_another_model_are_refused():
