@@ -140,7 +140,7 @@ class Group:
     """What the model sees at a time.
 
     Attributes:
-        packed: rows, in which language ``2 * g + h`` is half h of language g.
+        packed: rows, in which language ``h * G + g`` is half h of language g.
         positions: of the shards it reaches, once it is counted.
     """
 
@@ -201,7 +201,7 @@ def read_groups(
                 position = replace(position, chunks=position.chunks + 1)
                 chunk_size = 0
             documents.append(tokens)
-            languages.append(2 * numbers[shard.language] + (position.chunks - 1) % 2)
+            languages.append(numbers[shard.language] + len(numbers) * ((position.chunks - 1) % 2))
             size += len(tokens)
             chunk_size += len(tokens)
             counted = position.tokens + len(tokens) - prefix

@@ -126,7 +126,7 @@ class _Run:
         self.read = functools.partial(read_groups, pack, tokenizer, corpus, settings)
         self.checkpoints = Checkpoints(checkpoint, self.identity, world)
         self.progress, saved = self.checkpoints.load()
-        # Language 2g + h is half h of language g.
+        # Language h * G + g is half h of language g.
         self.counts = zero_counts(model, 2 * len(corpus.languages))
         self.tokens = saved.get("tokens", torch.zeros(2 * len(corpus.languages), dtype=torch.int64))
         if "counts" in saved:
@@ -268,13 +268,19 @@ class _Run:
 
     def _total(self) -> ActivationCounts:
         """The counts of all processes."""
-        several = self.world.size > 1
-        positive = by_language(self.world.sum(self.counts.clone()) if several else self.counts)
-        tokens = self.world.sum(self.tokens.clone().to(self.counts.device)).cpu() if several else self.tokens.clone()
-        first = positive[0::2].contiguous()
-        positive = first + positive[1::2]
+        halves = by_language(self.world.sum(self.counts.clone()) if self.world.size > 1 else self.counts)
+        tokens = self.world.sum(self.tokens.to(self.counts.device, copy=True)).cpu()
+        languages = len(self.corpus.languages)
+        first, second = halves[:languages], halves[languages:]
+        first_tokens, second_tokens = tokens[:languages], tokens[languages:]
+        # In place: there are gigabytes of them for large models.
         counts = ActivationCounts(
-            positive, tokens[0::2] + tokens[1::2], self.corpus.languages, self.identity, first, tokens[0::2]
+            second.add_(first),
+            first_tokens + second_tokens,
+            self.corpus.languages,
+            self.identity,
+            first,
+            first_tokens,
         )
         mine = {shard.language for queue in self.dealt for shard in queue}
         return counts if len(mine) == len(counts.languages) else counts.restrict(sorted(mine))

@@ -154,8 +154,14 @@ class ActivationCounts:
             self.first_half_positive, self.first_half_tokens = _checked(
                 self.languages, self.first_half_positive, self.first_half_tokens
             )
-            # What is left for the second half must make sense as well.
-            _checked(self.languages, self.positive - self.first_half_positive, self.tokens - self.first_half_tokens)
+            # What is left for the second half must make sense as well; by language, since all of it is large.
+            for row, language in enumerate(self.languages):
+                one = slice(row, row + 1)
+                _checked(
+                    [language],
+                    self.positive[one] - self.first_half_positive[one],
+                    self.tokens[one] - self.first_half_tokens[one],
+                )
 
     @property
     def layers(self) -> int:
