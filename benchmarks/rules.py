@@ -4,15 +4,16 @@
 
 All rules select from the same counts, restricted to the languages that are measured. LAPE gives every language another
 number of neurons, so each of its selections is followed by a budget and a percentile of the same mean size; the sizes
-of ``--sizes`` are measured too, and an ``exclusive`` variant of everything. A row's costs are means over all languages,
-those without neurons included: own is what a language's neurons are worth to it, in bits per byte; over next worst and
-over mean of others are what that exceeds. Every finished ablation is kept in the workspace, so the same command goes on
-where it was stopped.
+of ``--sizes`` are measured too, and ``exclusive`` variants. A row's costs are means over all languages, those without
+neurons included: own is what a language's neurons are worth to it, in bits per byte; over next worst and over mean of
+others are what that exceeds. Every finished ablation is kept in the workspace, so the same command goes on where it was
+stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
@@ -36,7 +37,7 @@ from lape_fast.models import load_model
 from lape_fast.study import AblationMatrix, ablate_to_file, prepare_text
 from lape_fast.text import open_corpus
 
-LAPE_TEXTS = ("lape:top_rate=0.01/0.05/0.2", "lape:top_rate=0.2,filter_rate=0.8,activation_bar=0.8")
+LAPE_TEXTS = ("lape:top_rate=0.01/0.05", "lape:top_rate=0.2,filter_rate=0.8,activation_bar=0.8")
 
 COLUMNS = {
     "own": lambda row: f"{row['mean_own']:+.4f}",
@@ -44,7 +45,7 @@ COLUMNS = {
     "over mean of others": lambda row: f"{row['mean_over_mean_of_others']:+.4f}",
     "own hardest": lambda row: f"{row['own_hardest']} of {row['languages']}",
     "without": lambda row: f"{row['languages_without']}",
-    "neurons: least, median, most": lambda row: "{} {:g} {}".format(*row["neurons_per_language"]),
+    "neurons": lambda row: "{} {:g} {}".format(*row["neurons_per_language"]),
 }
 
 
@@ -75,17 +76,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
 
-def select_all(counts: ActivationCounts, sizes: tuple[int, ...]) -> list[tuple[Rule, NeuronSet]]:
-    """Every rule with its selection: the sizes, then LAPE with others of its mean size, then all of them exclusive."""
+def select_all(counts: ActivationCounts, sizes: Sequence[int]) -> list[tuple[Rule, NeuronSet]]:
+    """Every rule with its selection: those of each size, LAPE with others of its mean size, and exclusive ones."""
     total = counts.layers * counts.neurons_per_layer
-    rules: list[Rule] = [rule for size in sizes for rule in rules_of_size(size, total)]
     lape = [rule for text in LAPE_TEXTS for rule in parse_rules(text)]
+    rules = [rule for size in sizes for rule in rules_of_size(size, total)]
+    exclusive = [replace(rule, exclusive=True) for rule in [*rules, *lape]]
     for rule, neurons in zip(lape, select_many(counts, lape), strict=True):
         size = max(1, round(fmean(neurons.per_language().values())))
         rules += [rule, *rules_of_size(size, total)]
-    rules += [replace(rule, exclusive=True) for rule in rules]
-    # Two LAPE rules may have one mean size.
-    rules = list(dict.fromkeys(rules))
+    # A mean size may be one of the sizes.
+    rules = list(dict.fromkeys([*rules, *exclusive]))
     return list(zip(rules, select_many(counts, rules), strict=True))
 
 
