@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import doctest
 import json
 
 import pytest
@@ -105,6 +106,13 @@ def test_set_algebra_is_that_of_python_sets(layers, width):
     flat = [set(neurons.flat(language).tolist()) for language in languages]
     expected = [[len(one & two) / max(1, len(one | two)) for two in flat] for one in flat]
     assert neurons.jaccard().tolist() == expected
+
+
+@pytest.mark.parametrize("operation", ["union", "shared", "exclusive", "jaccard"])
+def test_the_examples_of_the_set_algebra_run(operation):
+    text = getattr(NeuronSet, operation).__doc__
+    example = doctest.DocTestParser().get_doctest(text, {"NeuronSet": NeuronSet}, operation, None, 0)
+    assert doctest.DocTestRunner().run(example) == (0, 2)
 
 
 @pytest.mark.parametrize("operation", ["union", "shared"])
