@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format setup benchmarks maltese clean
+.PHONY: demo test lint format setup benchmarks maltese rules languages clean
 
 demo: setup
 	$(BIN)/lape-fast demo
@@ -27,12 +27,24 @@ benchmarks: setup
 	$(BIN)/python -m benchmarks.count_overhead --json benchmarks/results/cpu/count_overhead.json
 	$(BIN)/python -m benchmarks.train_step --json benchmarks/results/cpu/train_step.json
 	$(BIN)/python -m benchmarks.select --json benchmarks/results/cpu/select.json
+	$(BIN)/python -m benchmarks.identify --json benchmarks/results/cpu/identify.json
 	$(BIN)/python -m pytest benchmarks/ops --benchmark-columns=median,iqr --benchmark-sort=name
 
 # The main job on real text: a folder of aligned text named by language code, with the conventional line ranges.
 CORPUS ?= ../shared/corpus
 maltese: setup
 	$(BIN)/python -m benchmarks.maltese --corpus $(CORPUS) --json benchmarks/results/cpu/maltese.json
+
+# The rules of selection, compared by what switching off their neurons costs; needs what `make maltese` made.
+MALTESE ?= build/maltese
+rules: setup
+	$(BIN)/python -m benchmarks.rules --model $(MALTESE)/base --counts $(MALTESE)/identify/counts.safetensors \
+	  --corpus $(CORPUS) --workspace build/rules --json benchmarks/results/cpu/rules.json
+
+# Identification over every language of a corpus, stopped when stable and not.
+languages: setup
+	$(BIN)/python -m benchmarks.languages --model $(MALTESE)/base --corpus $(CORPUS) \
+	  --workspace build/languages --json benchmarks/results/cpu/languages.json
 
 setup: $(VENV)/.built
 

@@ -232,7 +232,7 @@ def test_convert_goes_to_the_published_format_and_back(workplace):
 
 def test_a_configuration_file_sets_defaults_and_flags_override_it(workplace):
     config = workplace / "select.yaml"
-    config.write_text("languages: mt,en\nrule: ['lape:top_rate=0.5,filter_rate=0.5']\n")
+    config.write_text("languages: mt,en\nrule: lape:top_rate=0.5,filter_rate=0.5\n")
     counts = workplace / "out" / "counts.safetensors"
     command = ["select", counts, "--config", config, "--json", "--output"]
     facts = json.loads(run(*command, workplace / "config.safetensors"))

@@ -31,6 +31,10 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
             f"The configuration {path} sets {', '.join(unknown)}, which `{context.info_name}` does not know; its "
             f"options are {', '.join(sorted(known))}."
         )
+    for name, value in values.items():
+        # One value of an option that may be repeated need not be written as a list.
+        if known[name].multiple and not isinstance(value, list):
+            values[name] = [value]
     context.default_map = {**(context.default_map or {}), **values}
     return path
 

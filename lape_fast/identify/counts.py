@@ -26,10 +26,8 @@ INTEGER_DTYPES = frozenset(getattr(torch, f"{sign}int{bits}") for sign in ("", "
 
 def canonical_or_same(code: str) -> str:
     """The canonical form of a language code, or the code itself where no table knows it."""
-    try:
-        return canonical(code)
-    except LanguageError:
-        return code
+    # Asked first: the error would look for near ones among all languages.
+    return canonical(code) if is_language(code) else code
 
 
 def find_language(languages: Sequence[str], wanted: str) -> int:
