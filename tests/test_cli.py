@@ -204,6 +204,46 @@ def test_ablate_writes_three_files_beside_the_neurons_and_a_repeated_command_not
     assert files[2].exists()
 
 
+def test_parts_of_a_count_merge_into_the_whole(workplace):
+    command = ["count", "--model", workplace / "base", "--corpus", workplace / "texts", "--lines", "1-20"]
+    for number in (1, 2):
+        run(*command, "--part", f"{number}/2", "--output", workplace / "parts" / f"{number}.safetensors")
+    printed = run("merge-counts", *sorted((workplace / "parts").iterdir()), "--output", workplace / "merged-counts")
+    assert "3 languages" in printed and "Maltese" in printed
+    whole = ActivationCounts.load(workplace / "out" / "counts.safetensors")
+    merged = ActivationCounts.load(workplace / "merged-counts").restrict(whole.languages)
+    assert torch.equal(merged.tokens, whole.tokens)
+    assert merged.metadata["stability"].keys() == whole.metadata["stability"].keys()
+
+
+def test_torchrun_counts_what_one_process_counts(workplace):
+    """The same settings as the fixture's identify, in two processes that each hold a share of the model."""
+    output = workplace / "shared" / "counts.safetensors"
+    arguments = ["--model", workplace / "base", "--corpus", workplace / "texts", "--lines", "1-20", "--output", output]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "lape_fast", "count", *arguments, "--fsdp", "--json"]
+    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+    # Only one process prints and writes.
+    assert json.loads(done.stdout)["languages"] == sorted(TEXTS)
+    assert [path.name for path in output.parent.iterdir()] == ["counts.safetensors"]
+    alone = ActivationCounts.load(workplace / "out" / "counts.safetensors")
+    assert torch.equal(ActivationCounts.load(output).tokens, alone.tokens)
+    assert torch.equal(ActivationCounts.load(output).positive, alone.positive)
+
+
+def test_count_says_how_fast_it_was_what_it_skipped_and_how_stable_each_language_is(workplace, monkeypatch, capsys):
+    texts = workplace / "damaged"
+    texts.mkdir()
+    (texts / "mlt_Latn.txt").write_bytes(b"Il-qattus.\n\xff\n")
+    (texts / "eng_Latn.txt").write_text("The cat.\n" * 200)
+    command = ["count", "--model", workplace / "base", "--corpus", texts, "--output", workplace / "damaged-counts"]
+    assert "--skip-bad-files" in failure(monkeypatch, capsys, *command)
+    printed = run(*command, "--skip-bad-files", "--until-stable", "0.9", "--rule", "percentile:percentile=0.5")
+    assert "English" in printed and "halves agree" in printed and "unknown" in printed
+    errors = capsys.readouterr().err
+    assert "waited for text" in errors and "mlt_Latn.txt" in errors and "0xff" in errors
+
+
 def test_publish_lays_out_a_release_that_reads_back(workplace):
     folder, release = workplace / "out", workplace / "release"
     command = ["publish", release, "--counts", folder / "counts.safetensors", "--license", "cc0-1.0"]

@@ -76,9 +76,7 @@ class CountingSettings:
             )
 
         if len(parse_rules(self.rule)) != 1:
-            raise ConfigError(
-                f"`rule` is {self.rule!r}, which is several; `select` applies many rules to one counts file."
-            )
+            raise ConfigError(f"`rule` is {self.rule!r}, which is several rules; give one, and use `select` for many.")
         if not 1 <= self.part <= self.parts <= QUEUES:
             raise ConfigError(
                 f"There is no part {self.part} of {self.parts}; number the parts from 1, and make at most {QUEUES}."
