@@ -1,4 +1,4 @@
-"""The two benchmarks on a model: the rows they write, and what can be counted without a clock. No time is judged."""
+"""The benchmarks on a model: the rows they write, and what can be counted without a clock. No time is judged."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import count_overhead, train_step
+from benchmarks import count_overhead, identify, languages, train_step
 from benchmarks.llama import build_llama, option_parser, random_tokens
 from benchmarks.measure import LiveBytes, paired_ratio, saved_bytes
 from lape_fast.errors import ConfigError
 from lape_fast.files import read_json
 from lape_fast.identify.neurons import NeuronSet
+from tests.tiny_models import save_tiny
 
 HIDDEN, NEURONS, LAYERS, VOCABULARY, TOKENS, ROUNDS = 256, 320, 4, 500, 24, 5
 HEAD_SIZE, HEADS, KEY_HEADS = 64, 4, 1
@@ -219,3 +220,49 @@ def test_live_bytes_follow_results_until_they_are_freed():
     assert live.live == 4000
     del z
     assert live.live == 0
+
+
+@pytest.fixture(scope="module")
+def identify_rows(tmp_path_factory):
+    small = ["--documents", "2", "--batch-tokens", "128", "--tokens", "64", "--vocabulary", "600"]
+    return run(identify, tmp_path_factory.mktemp("identify"), *small)
+
+
+def test_identify_rows(identify_rows):
+    assert list(identify_rows) == list(identify.PEERS)
+    check_times(identify_rows, "stock-body")
+    rates = {row["tokens_per_s"] * row["step_ms"] for row in identify_rows.values()}
+    assert max(rates) == pytest.approx(min(rates))
+    for row in identify_rows.values():
+        assert row["speed_over_stock_body"] == pytest.approx(1 / row["ratio_to_stock-body"])
+        assert row["settings"]["head_share"] == pytest.approx(HIDDEN * 600 / (LAYERS * (ATTENTION + FFN)), rel=0.02)
+
+
+def test_counting_needs_the_counts_and_one_activation_however_long_the_text_is(identify_rows):
+    memory = identify_rows["ours"]["settings"]["memory_bytes"]
+    assert memory["tokens_10x"] > 8 * memory["tokens_1x"]
+    added = [memory[f"ours_{times}x"] - memory["stock_body"] for times in (1, 10)]
+    # The longer text packs its batches a little fuller.
+    assert added[1] <= added[0] + 0.05 * memory["stock_body"]
+    assert max(added) <= memory["counts"] + memory["one_activation"]
+
+
+def test_languages_rows(tmp_path):
+    save_tiny(tmp_path / "base")
+    (tmp_path / "texts").mkdir()
+    for language in ("eng_Latn", "mlt_Latn"):
+        (tmp_path / "texts" / f"{language}.txt").write_text(f"{language} always says this.\n" * 120)
+    (tmp_path / "texts" / "kat_Geor.txt").write_text("ერთი სიტყვა")
+    arguments = ["--model", tmp_path / "base", "--corpus", tmp_path / "texts", "--workspace", tmp_path / "work"]
+    arguments += ["--json", tmp_path / "rows.json", "--tokens", 2000, "--thresholds", 0.9, "--context-length", 64]
+    languages.main([str(each) for each in [*arguments, "--rule", "percentile:percentile=0.5"]])
+    budget, stable = read_json(tmp_path / "rows.json")
+    assert budget["tokens_over_budget_run"] == 1.0
+    assert (
+        budget["agreement_with_budget_run"] == {"least": 1.0, "mean": 1.0, "mean_of_stable": None} or budget["stable"]
+    )
+    # Every language is in one of the two lists.
+    for row in (budget, stable):
+        assert sorted(row["stable"] + row["not_yet_stable"]) == ["eng_Latn", "kat_Geor", "mlt_Latn"]
+        assert "kat_Geor" in row["not_yet_stable"]
+        assert sum(row["ended_by"].values()) == 3
