@@ -107,21 +107,27 @@ def _signed(value: float | None) -> str:
     return "" if value is None else f"{value:+.4f}"
 
 
-def print_counts(path: Any, counts, as_json: bool) -> None:
-    """Prints how much of each language was counted, and how far its two halves agree."""
+def print_counts(path: Any, summary: dict[str, Any], as_json: bool) -> None:
+    """Prints the summary of counts: how much of each language was counted, and how far its two halves agree."""
     if as_json:
-        print_json(counts.summary())
+        print_json(summary)
         return
     from lape_fast.text import language_name
 
+    stability = summary["metadata"].get("stability", {})
     table = new_table("language", "name", "tokens", "halves agree", "95 %", "ended by")
-    for language, measured in counts.metadata.get("stability", {}).items():
-        known = measured["jaccard"] is not None
-        interval = "{:.2f}–{:.2f}".format(*measured["interval"]) if known else ""
-        cells = (_share(measured["jaccard"]), interval, measured.get("ended", ""))
-        table.add_row(language, language_name(language), f"{measured['tokens']:,}", *cells)
+    for language, tokens in summary["tokens"].items():
+        measured = stability.get(language, {})
+        interval = "{:.2f}–{:.2f}".format(*measured["interval"]) if measured.get("interval") else ""
+        cells = (_share(measured.get("jaccard")), interval, measured.get("ended", ""))
+        table.add_row(language, language_name(language), f"{tokens:,}", *cells)
     Console().print(table)
-    Console().print(f"{path}: {len(counts.languages)} languages, {int(counts.tokens.sum()):,} tokens.", highlight=False)
+    total = sum(summary["tokens"].values())
+    Console().print(f"{path}: {len(summary['languages'])} languages, {total:,} tokens.", highlight=False)
+    if summary["metadata"].get("until_stable"):
+        pending = [code for code, measured in stability.items() if measured["ended"] != "stable"]
+        names = f"; not yet: {', '.join(pending)}" if pending else ""
+        Console().print(f"{len(stability) - len(pending)} languages are stable{names}.", highlight=False)
 
 
 def print_scores(columns: dict, as_json: bool) -> None:

@@ -240,6 +240,7 @@ def test_count_says_how_fast_it_was_what_it_skipped_and_how_stable_each_language
     assert "--skip-bad-files" in failure(monkeypatch, capsys, *command)
     printed = run(*command, "--skip-bad-files", "--until-stable", "0.9", "--rule", "percentile:percentile=0.5")
     assert "English" in printed and "halves agree" in printed and "unknown" in printed
+    assert "not yet: " in printed and "mlt_Latn" in printed.partition("not yet: ")[2]
     errors = capsys.readouterr().err
     assert "waited for text" in errors and "mlt_Latn.txt" in errors and "0xff" in errors
 

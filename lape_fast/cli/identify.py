@@ -164,7 +164,7 @@ def count(
     if world.is_main:
         note_ignored(opened)
         note_counting(counts)
-        print_counts(output, counts, as_json)
+        print_counts(output, counts.summary(), as_json)
 
 
 def merge_counts(
@@ -182,7 +182,7 @@ def merge_counts(
     refuse_existing(output)
     merged = merge_files(counts)
     merged.save(output)
-    print_counts(output, merged, as_json)
+    print_counts(output, merged.summary(), as_json)
 
 
 def select(

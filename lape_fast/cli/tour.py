@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lape_fast.cli.options import Json
-from lape_fast.terminal import print_facts, print_json, print_neuron_table
+from lape_fast.terminal import print_counts, print_facts, print_json, print_neuron_table
 
 
 def info(
@@ -27,6 +27,11 @@ def info(
     if facts.get("kind") == "neurons" and not as_json:
         print_facts(file, facts["metadata"], as_json)
         print_neuron_table(facts)
+    elif facts.get("kind") == "counts" and not as_json:
+        # What there is of each language stands in the table.
+        origin = {name: value for name, value in facts["metadata"].items() if name not in ("stability", "shards")}
+        print_facts(file, origin, as_json)
+        print_counts(file, facts, as_json)
     else:
         print_facts(file or "lape_fast", facts, as_json)
 
@@ -44,7 +49,7 @@ def corpora(as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
         return
-    shown = ("name", "hub_id", "addressing", "code", "text_column", "split", "licence", "gated")
+    shown = ("name", "hub_id", "licence", "gated")
     table = Table(*(column.replace("_", " ") for column in shown))
     for row in rows:
         table.add_row(*(str(row[column]) for column in shown[:-1]), "yes" if row["gated"] else "no")
