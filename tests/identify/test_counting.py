@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -164,6 +165,7 @@ def test_a_signal_saves_the_run_and_says_how_to_go_on(corpus, tmp_path, monkeypa
         patch.setattr("lape_fast.identify.counting.count_batch", counted)
         count_activations(model, tokenizer, corpus, settings, checkpoint=tmp_path / "partial")
     assert signal.getsignal(signal.SIGTERM) is handler
+    assert not multiprocessing.active_children()
     assert_same(count_activations(model, tokenizer, corpus, settings, checkpoint=tmp_path / "partial"), undisturbed)
 
 
