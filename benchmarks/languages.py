@@ -67,7 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         counts = count_to_file(model, tokenizer, corpus, options.workspace / f"{name}.safetensors", plan)
         full = full or counts
         rows.append({"name": name, **describe(counts, full, plan, max(options.thresholds))})
-    settings = {name: str(value) for name, value in vars(options).items() if name not in ("json", "workspace")}
+    settings = {
+        "model": Path(options.model).name,
+        "corpus": Path(options.corpus).name,
+        **{name: getattr(options, name) for name in ("tokens", "thresholds", "rule", "context_length")},
+    }
     report(__doc__.partition("\n")[0], rows, COLUMNS, settings, facts, options.json)
 
 
