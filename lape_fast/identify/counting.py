@@ -26,7 +26,7 @@ from lape_fast.identify.distributed import World
 from lape_fast.identify.merging import counted_shards
 from lape_fast.identify.prefetch import prefetch
 from lape_fast.identify.stability import is_stable, measure_stability
-from lape_fast.models import model_identity, tokenizer_hash
+from lape_fast.models import decoder, model_identity, tokenizer_hash
 from lape_fast.progress import progress_bar
 from lape_fast.text import Corpus, Packed, pack_for_model
 
@@ -117,7 +117,7 @@ class _Run:
         self.corpus, self.settings, self.world = corpus, settings, world
         self.identity = run_identity(model, tokenizer, corpus, settings)
         self.model = model
-        self.sharded = isinstance(next(model.parameters()), DTensor)
+        self.sharded = isinstance(next(decoder(model).parameters()), DTensor)
         self.dealt = queues(corpus.languages, settings.shards_per_language)[settings.part - 1 :: settings.parts]
         self.queues = [queue for queue in self.dealt[world.rank :: world.size] if queue]
         self.shards = sum(map(len, self.queues))

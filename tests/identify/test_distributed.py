@@ -49,11 +49,11 @@ def after_progress(checkpoint, draw):
     return wait
 
 
-def counting(corpus, settings, checkpoint=None, seconds=0.0):
+def counting(corpus, settings, checkpoint=None, seconds=0.0, model_type="llama"):
     def count():
         with joined_world() as world:
             counts = count_activations(
-                tiny_model("llama"),
+                tiny_model(model_type),
                 tiny_tokenizer(),
                 corpus,
                 settings,
@@ -116,10 +116,11 @@ def test_twenty_kills_leave_the_counts_as_they_are(corpus, tmp_path):
     assert_same(found, undisturbed)
 
 
-def test_a_sharded_model_counts_what_a_whole_one_counts(corpus, tmp_path):
+@pytest.mark.parametrize("model_type", ("llama", "gemma3"))
+def test_a_sharded_model_counts_what_a_whole_one_counts(corpus, tmp_path, model_type):
     """The processes have unequal amounts of text, and each step needs all of them."""
     settings = CountingSettings(context_length=48, batch_tokens=96)
-    base = save_tiny(tmp_path / "base", tie_word_embeddings=True)
+    base = save_tiny(tmp_path / "base", model_type, tie_word_embeddings=True)
 
     def counting_sharded():
         with joined_world() as world:
@@ -128,8 +129,8 @@ def test_a_sharded_model_counts_what_a_whole_one_counts(corpus, tmp_path):
             counts = count_activations(model, tokenizer, corpus, settings, world=world)
         return {name: getattr(counts, name).numpy() for name in TENSORS}, counts.metadata, held
 
-    (alone,) = run_together(counting(corpus, settings), 1)
-    total = sum(parameter.numel() for parameter in decoder(tiny_model("llama")).parameters())
+    (alone,) = run_together(counting(corpus, settings, model_type=model_type), 1)
+    total = sum(parameter.numel() for parameter in decoder(tiny_model(model_type)).parameters())
     for found in run_together(counting_sharded, 2):
         assert_same(found, alone)
         assert found[1]["config_hash"] == model_identity(load_model(base)[0])["config_hash"]
