@@ -137,7 +137,7 @@ class _Run:
 
     def count_round(self, modules: list, advance: Callable, stop: _Stop, checkpoint_seconds: float) -> None:
         """Counts this process's queues up to the target of the round."""
-        targets = self._targets()
+        targets = self._targets(self.settings.round_target(self.progress.round))
         busy = [queue for queue in self.queues if any(str(shard) in targets for shard in queue)]
         workers = min(self.workers, len(busy))
 
@@ -180,11 +180,14 @@ class _Run:
         stable = [code for code, values in measured.items() if is_stable(values, threshold)]
         # The first process decides: another machine may round an entropy otherwise.
         self.progress.stopped = self.world.gather(stable)[0]
-        reached = self.settings.round_target(self.progress.round)
-        budget = self.settings.tokens_per_language or math.inf
+        goes_on = self._any_below(self.settings.tokens_per_language or math.inf)
         self.progress.round += 1
+        # A long document may reach past the targets of several rounds.
+        while goes_on and not self._any_below(self.settings.round_target(self.progress.round)):
+            self.progress.round += 1
         self._save()
-        return any(self.world.gather(reached < budget and bool(self._targets())))
+        self.world.wait()
+        return goes_on
 
     def result(self) -> ActivationCounts:
         """The counts of all processes, with everything that is known about them."""
@@ -209,9 +212,13 @@ class _Run:
         }
         return counts
 
-    def _targets(self) -> dict[str, float]:
-        """The tokens at which each of this process's shards stops in this round, for those that go on."""
-        target = self.settings.target(self.settings.round_target(self.progress.round))
+    def _any_below(self, tokens: float) -> bool:
+        """Whether any process has a shard that goes on to this many tokens per language."""
+        return any(self.world.gather(bool(self._targets(tokens))))
+
+    def _targets(self, tokens: float) -> dict[str, float]:
+        """The tokens at which each of this process's shards stops, for those that go on to these per language."""
+        target = self.settings.target(tokens)
         return {
             str(shard): target
             for queue in self.queues
