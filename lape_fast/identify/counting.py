@@ -93,12 +93,15 @@ def count_activations(
 
 def run_identity(model: nn.Module, tokenizer, corpus: Corpus, settings: CountingSettings) -> dict[str, Any]:
     """Everything that decides the counts, as JSON values: two runs with the same identity count the same."""
+    chosen = asdict(settings)
+    # A run that a damaged file has stopped goes on behind it; what was skipped is in its report.
+    del chosen["skip_bad_files"]
     return {
         **model_identity(model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "corpus": corpus.describe(),
-        **asdict(settings),
+        **chosen,
         # Where it stops no language the rule decides nothing.
         "rule": settings.rule if settings.until_stable else None,
     }

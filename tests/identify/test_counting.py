@@ -280,7 +280,14 @@ def test_a_damaged_file_stops_the_run_or_is_named_in_the_report(corpus, tmp_path
     for workers in (0, 1):
         with pytest.raises(CorpusError, match="mlt_Latn.part2.txt"):
             count_activations(model, tokenizer, damaged, workers=workers)
-    counts = count_activations(model, tokenizer, damaged, CountingSettings(skip_bad_files=True))
+    # The run that was stopped by the file goes on behind it.
+    checkpoint = tmp_path / "partial"
+    settings = CountingSettings(batch_tokens=8)
+    with pytest.raises(CorpusError, match="--skip-bad-files"):
+        count_activations(model, tokenizer, damaged, settings, checkpoint=checkpoint, checkpoint_seconds=0)
+    assert checkpoint.exists()
+    settings = CountingSettings(batch_tokens=8, skip_bad_files=True)
+    counts = count_activations(model, tokenizer, damaged, settings, checkpoint=checkpoint)
     assert len(counts.metadata["skipped_files"]) == 1
     assert "mlt_Latn.part2.txt" in counts.metadata["skipped_files"][0]
     texts = [*TEXTS["mlt_Latn"], "Il-kelb.", "Il-qamar."]
