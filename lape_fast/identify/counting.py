@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lape_fast.errors import CorpusError, StoppedError
+from lape_fast.errors import ConfigError, CorpusError, StoppedError
 from lape_fast.identify.checkpoints import Checkpoints
 from lape_fast.identify.chunks import CountingSettings, Group, Position, Shard, queues, read_groups
 from lape_fast.identify.counting_ffn import by_language, count_batch, counting_ffns, set_by_language, zero_counts
@@ -68,7 +68,7 @@ def count_activations(
         ``measure_stability``) and why it ended, what was skipped, and how fast it went.
 
     Raises:
-        ConfigError: the checkpoint belongs to another run.
+        ConfigError: the checkpoint belongs to another run, or there are fewer shards than parts.
         CorpusError: text that cannot be read, or no text at all.
         StoppedError: SIGINT or SIGTERM arrived; the checkpoint is written.
 
@@ -124,6 +124,12 @@ class _Run:
         self.dealt = queues(corpus.languages, settings.shards_per_language)[settings.part - 1 :: settings.parts]
         self.queues = [queue for queue in self.dealt[world.rank :: world.size] if queue]
         self.shards = sum(map(len, self.queues))
+        if not any(self.dealt):
+            raise ConfigError(
+                f"Part {settings.part} of {settings.parts} has nothing to count: there are only "
+                f"{len(corpus.languages) * settings.shards_per_language} shards; make fewer parts, or more "
+                "--shards-per-language."
+            )
         self.workers = _spare_processes() if workers is None else workers
         pack = functools.partial(pack_for_model, model, tokenizer, context_length=settings.context_length)
         self.read = functools.partial(read_groups, pack, tokenizer, corpus, settings)

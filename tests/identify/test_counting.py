@@ -214,6 +214,12 @@ def test_shards_parts_and_processes_add_up_to_one_run(corpus, tmp_path, small_ch
         merge_files([*paths, tmp_path / "whole.safetensors"])
 
 
+def test_a_part_without_shards_says_so(corpus):
+    settings = CountingSettings(part=4, parts=4)
+    with pytest.raises(ConfigError, match="Part 4 of 4 has nothing to count: there are only 3 shards"):
+        count_activations(tiny_model("llama"), tiny_tokenizer(), corpus, settings)
+
+
 def test_the_same_text_is_not_merged_twice(corpus, tmp_path):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     folder = corpus.name
