@@ -154,27 +154,36 @@ class _Run:
             for queue in busy[worker :: max(1, workers)]:
                 yield from self.read(queue, self.progress.positions, targets)
 
+        def stopped() -> bool:
+            # A sharded model's other processes need this one's steps.
+            return stop.asked and not self.sharded
+
         self._show(advance)
         begun = saved = time.monotonic()
-        for packed, finished in self._steps(prefetch(produce, workers)):
-            if packed is not None:
-                count_batch(self.model, modules, packed)
-                self.tokens += torch.bincount(packed.language_ids[packed.language_ids >= 0], minlength=len(self.tokens))
-                self.counted += int((packed.language_ids >= 0).sum())
-            self.seconds += time.monotonic() - begun
-            begun = time.monotonic()
-            if finished is None:
-                continue
-            self.progress.positions.update(finished.positions)
-            self._show(advance)
-            if stop.asked or time.monotonic() - saved >= checkpoint_seconds:
-                self._save()
-                saved = time.monotonic()
-            if stop.asked:
-                raise StoppedError(
-                    f"The run was asked to stop, and is saved in {self.checkpoints.folder}; the same command goes on "
-                    "from there."
-                )
+        with contextlib.closing(prefetch(produce, workers, stopped)) as groups:
+            for packed, finished in self._steps(groups):
+                if packed is not None:
+                    count_batch(self.model, modules, packed)
+                    counted = packed.language_ids[packed.language_ids >= 0]
+                    self.tokens += torch.bincount(counted, minlength=len(self.tokens))
+                    self.counted += len(counted)
+                self.seconds += time.monotonic() - begun
+                begun = time.monotonic()
+                if finished is None:
+                    continue
+                self.progress.positions.update(finished.positions)
+                self._show(advance)
+                if stop.asked:
+                    break
+                if time.monotonic() - saved >= checkpoint_seconds:
+                    self._save()
+                    saved = time.monotonic()
+        if stop.asked:
+            self._save()
+            raise StoppedError(
+                f"The run was asked to stop, and is saved in {self.checkpoints.folder}; the same command goes on "
+                "from there."
+            )
 
     def begin_round(self) -> bool:
         """Decides which languages have had enough text, and whether any other has more; all processes alike."""
