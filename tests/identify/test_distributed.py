@@ -6,8 +6,9 @@ import random
 import time
 
 import pytest
+import torch
 
-from lape_fast.errors import ConfigError
+from lape_fast.errors import ConfigError, WorkerError
 from lape_fast.identify import CountingSettings, count_activations, joined_world
 from lape_fast.identify.counts import TENSORS
 from lape_fast.models import decoder, load_model, load_sharded_model, model_identity
@@ -140,3 +141,16 @@ def test_a_sharded_model_counts_what_a_whole_one_counts(corpus, tmp_path, model_
 def test_a_single_process_cannot_share_a_model(tmp_path):
     with pytest.raises(ConfigError, match="torchrun"):
         load_sharded_model(save_tiny(tmp_path / "base"))
+
+
+def test_a_process_that_ends_is_one_sentence_in_the_others():
+    def meet():
+        with joined_world() as world:
+            if world.rank == 1:
+                return None
+            for exchange in (world.wait, lambda: world.sum(torch.ones(1))):
+                with pytest.raises(WorkerError, match="^Another process of this run has ended"):
+                    exchange()
+        return "told"
+
+    assert run_together(meet, 2) == ["told", None]
