@@ -238,6 +238,11 @@ def test_the_same_text_is_not_merged_twice(corpus, tmp_path):
     )
     with pytest.raises(ArchitectureError, match="3 layers"):
         merge_files([tmp_path / "a", tmp_path / "other"])
+    # One configuration, as a model and what was trained from it have.
+    trained = tiny_model("llama", seed=1)
+    count_to_file(trained, tokenizer, open_corpus(folder, lines="3-3", languages=["mt"]), tmp_path / "trained")
+    with pytest.raises(ArchitectureError, match="different weights"):
+        merge_files([tmp_path / "a", tmp_path / "trained"])
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference_named(corpus, tmp_path):
@@ -249,6 +254,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference_named(corpus
         count_activations(
             model, tokenizer, corpus, CountingSettings(context_length=32, batch_tokens=8), checkpoint=checkpoint
         )
+    with pytest.raises(ConfigError, match="weights_hash was"):
+        count_activations(tiny_model("llama", seed=1), tokenizer, corpus, settings, checkpoint=checkpoint)
     (Path(corpus.name) / "mlt_Latn.txt").write_text("Bonswa.")
     with pytest.raises(ConfigError, match="corpus was"):
         count_activations(model, tokenizer, open_corpus(corpus.name), settings, checkpoint=checkpoint)

@@ -11,7 +11,7 @@ import torch
 from lape_fast.errors import ConfigError, WorkerError
 from lape_fast.identify import CountingSettings, count_activations, joined_world
 from lape_fast.identify.counts import TENSORS
-from lape_fast.models import decoder, load_model, load_sharded_model, model_identity
+from lape_fast.models import decoder, load_model, load_sharded_model, model_identity, weights_hash
 from lape_fast.text import open_corpus
 from tests.identify.processes import run_together
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
@@ -135,6 +135,7 @@ def test_a_sharded_model_counts_what_a_whole_one_counts(corpus, tmp_path, model_
     for found in run_together(counting_sharded, 2):
         assert_same(found, alone)
         assert found[1]["config_hash"] == model_identity(load_model(base)[0])["config_hash"]
+        assert found[1]["weights_hash"] == weights_hash(load_model(base)[0])
         assert abs(found[2] - total / 2) < total / 50
 
 
