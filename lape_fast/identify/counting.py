@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lape_fast.errors import CorpusError, StoppedError
+from lape_fast.errors import ConfigError, CorpusError, StoppedError
 from lape_fast.identify.checkpoints import Checkpoints
 from lape_fast.identify.chunks import CountingSettings, Group, Position, Shard, queues, read_groups
 from lape_fast.identify.counting_ffn import by_language, count_batch, counting_ffns, set_by_language, zero_counts
@@ -26,7 +26,7 @@ from lape_fast.identify.distributed import World
 from lape_fast.identify.merging import counted_shards
 from lape_fast.identify.prefetch import prefetch
 from lape_fast.identify.stability import is_stable, measure_stability
-from lape_fast.models import model_identity, tokenizer_hash
+from lape_fast.models import decoder, model_identity, tokenizer_hash, weights_hash
 from lape_fast.progress import progress_bar
 from lape_fast.text import Corpus, Packed, pack_for_model
 
@@ -68,7 +68,7 @@ def count_activations(
         ``measure_stability``) and why it ended, what was skipped, and how fast it went.
 
     Raises:
-        ConfigError: the checkpoint belongs to another run.
+        ConfigError: the checkpoint belongs to another run, or there are fewer shards than parts.
         CorpusError: text that cannot be read, or no text at all.
         StoppedError: SIGINT or SIGTERM arrived; the checkpoint is written.
 
@@ -93,12 +93,16 @@ def count_activations(
 
 def run_identity(model: nn.Module, tokenizer, corpus: Corpus, settings: CountingSettings) -> dict[str, Any]:
     """Everything that decides the counts, as JSON values: two runs with the same identity count the same."""
+    chosen = asdict(settings)
+    # A run that a damaged file has stopped goes on behind it; what was skipped is in its report.
+    del chosen["skip_bad_files"]
     return {
         **model_identity(model),
+        "weights_hash": weights_hash(model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "corpus": corpus.describe(),
-        **asdict(settings),
+        **chosen,
         # Where it stops no language the rule decides nothing.
         "rule": settings.rule if settings.until_stable else None,
     }
@@ -117,10 +121,16 @@ class _Run:
         self.corpus, self.settings, self.world = corpus, settings, world
         self.identity = run_identity(model, tokenizer, corpus, settings)
         self.model = model
-        self.sharded = isinstance(next(model.parameters()), DTensor)
+        self.sharded = isinstance(next(decoder(model).parameters()), DTensor)
         self.dealt = queues(corpus.languages, settings.shards_per_language)[settings.part - 1 :: settings.parts]
         self.queues = [queue for queue in self.dealt[world.rank :: world.size] if queue]
         self.shards = sum(map(len, self.queues))
+        if not any(self.dealt):
+            raise ConfigError(
+                f"Part {settings.part} of {settings.parts} has nothing to count: there are only "
+                f"{len(corpus.languages) * settings.shards_per_language} shards; make fewer parts, or more "
+                "--shards-per-language."
+            )
         self.workers = _spare_processes() if workers is None else workers
         pack = functools.partial(pack_for_model, model, tokenizer, context_length=settings.context_length)
         self.read = functools.partial(read_groups, pack, tokenizer, corpus, settings)
@@ -137,7 +147,7 @@ class _Run:
 
     def count_round(self, modules: list, advance: Callable, stop: _Stop, checkpoint_seconds: float) -> None:
         """Counts this process's queues up to the target of the round."""
-        targets = self._targets()
+        targets = self._targets(self.settings.round_target(self.progress.round))
         busy = [queue for queue in self.queues if any(str(shard) in targets for shard in queue)]
         workers = min(self.workers, len(busy))
 
@@ -145,30 +155,36 @@ class _Run:
             for queue in busy[worker :: max(1, workers)]:
                 yield from self.read(queue, self.progress.positions, targets)
 
+        def stopped() -> bool:
+            # A sharded model's other processes need this one's steps.
+            return stop.asked and not self.sharded
+
         self._show(advance)
         begun = saved = time.monotonic()
-        # Closed at once whatever happens, so that no worker outlives the round.
-        with contextlib.closing(prefetch(produce, workers)) as groups:
+        with contextlib.closing(prefetch(produce, workers, stopped)) as groups:
             for packed, finished in self._steps(groups):
                 if packed is not None:
                     count_batch(self.model, modules, packed)
-                    ids = packed.language_ids[packed.language_ids >= 0]
-                    self.tokens += torch.bincount(ids, minlength=len(self.tokens))
-                    self.counted += len(ids)
+                    counted = packed.language_ids[packed.language_ids >= 0]
+                    self.tokens += torch.bincount(counted, minlength=len(self.tokens))
+                    self.counted += len(counted)
                 self.seconds += time.monotonic() - begun
                 begun = time.monotonic()
                 if finished is None:
                     continue
                 self.progress.positions.update(finished.positions)
                 self._show(advance)
-                if stop.asked or time.monotonic() - saved >= checkpoint_seconds:
+                if stop.asked:
+                    break
+                if time.monotonic() - saved >= checkpoint_seconds:
                     self._save()
                     saved = time.monotonic()
-                if stop.asked:
-                    raise StoppedError(
-                        f"The run was asked to stop, and is saved in {self.checkpoints.folder}; the same command goes "
-                        "on from there."
-                    )
+        if stop.asked:
+            self._save()
+            raise StoppedError(
+                f"The run was asked to stop, and is saved in {self.checkpoints.folder}; the same command goes on "
+                "from there."
+            )
 
     def begin_round(self) -> bool:
         """Decides which languages have had enough text, and whether any other has more; all processes alike."""
@@ -183,11 +199,14 @@ class _Run:
         stable = [code for code, values in measured.items() if is_stable(values, threshold)]
         # The first process decides: another machine may round an entropy otherwise.
         self.progress.stopped = self.world.gather(stable)[0]
-        reached = self.settings.round_target(self.progress.round)
-        budget = self.settings.tokens_per_language or math.inf
+        goes_on = self._any_below(self.settings.tokens_per_language or math.inf)
         self.progress.round += 1
+        # A long document may reach past the targets of several rounds.
+        while goes_on and not self._any_below(self.settings.round_target(self.progress.round)):
+            self.progress.round += 1
         self._save()
-        return any(self.world.gather(reached < budget and bool(self._targets())))
+        self.world.wait()
+        return goes_on
 
     def result(self) -> ActivationCounts:
         """The counts of all processes, with everything that is known about them."""
@@ -212,9 +231,13 @@ class _Run:
         }
         return counts
 
-    def _targets(self) -> dict[str, float]:
-        """The tokens at which each of this process's shards stops in this round, for those that go on."""
-        target = self.settings.target(self.settings.round_target(self.progress.round))
+    def _any_below(self, tokens: float) -> bool:
+        """Whether any process has a shard that goes on to this many tokens per language."""
+        return any(self.world.gather(bool(self._targets(tokens))))
+
+    def _targets(self, tokens: float) -> dict[str, float]:
+        """The tokens at which each of this process's shards stops, for those that go on to these per language."""
+        target = self.settings.target(tokens)
         return {
             str(shard): target
             for queue in self.queues

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_fast.errors import ArchitectureError
-from lape_fast.models import FFN, ExpertFFN, find_ffns, forward_hidden, replaced, without_final_norm
+from lape_fast.models import FFN, ExpertFFN, decoder, find_ffns, forward_hidden, replaced, without_final_norm
 from lape_fast.ops import gated_activation
 from lape_fast.text import Packed
 
@@ -115,8 +115,9 @@ def zero_counts(model: nn.Module, languages: int) -> Tensor:
     """A buffer to count into: int64 ``[L, E, G, F]`` on the model's device, with E = 1 expert in a dense FFN."""
     ffns = find_ffns(model)
     experts = ffns[0].experts
+    # The decoder's, since parts that count nothing, such as a vision tower, need not be loaded.
     shape = (len(ffns), experts, languages, ffns[0].neurons // experts)
-    return torch.zeros(shape, dtype=torch.int64, device=next(model.parameters()).device)
+    return torch.zeros(shape, dtype=torch.int64, device=next(decoder(model).parameters()).device)
 
 
 def by_language(counts: Tensor) -> Tensor:

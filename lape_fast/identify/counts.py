@@ -103,13 +103,14 @@ def _check_same_model(first: ActivationCounts, other: ActivationCounts) -> None:
             f"Counts of {other.layers} layers x {other.neurons_per_layer} neurons cannot be added to counts of "
             f"{first.layers} x {first.neurons_per_layer}; merge only counts of one model."
         )
-    hashes = {part.metadata["config_hash"] for part in (first, other) if "config_hash" in part.metadata}
-    if len(hashes) > 1:
-        names = " and ".join(str(part.metadata.get("model", "an unnamed model")) for part in (first, other))
-        raise ArchitectureError(
-            f"The counts come from models with different configurations ({names}: config_hash "
-            f"{' and '.join(sorted(hashes))}); merge only counts of one model."
-        )
+    for name, what in (("config_hash", "configurations"), ("weights_hash", "weights or dtypes")):
+        hashes = {part.metadata[name] for part in (first, other) if name in part.metadata}
+        if len(hashes) > 1:
+            names = " and ".join(str(part.metadata.get("model", "an unnamed model")) for part in (first, other))
+            raise ArchitectureError(
+                f"The counts come from models with different {what} ({names}: {name} "
+                f"{' and '.join(sorted(hashes))}); merge only counts of one model."
+            )
 
 
 @dataclass(eq=False)

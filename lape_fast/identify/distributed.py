@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lape_fast.errors import WorkerError
+
 # Processes meet at the end of long work, and the first to arrive may wait for hours. One that died is noticed by the
 # launcher, which ends the others.
 PATIENCE = datetime.timedelta(days=30)
@@ -26,6 +28,9 @@ class World:
         rank: this process, from 0.
         size: how many there are.
         device: where this process's model goes; None leaves it to the user.
+
+    Raises:
+        WorkerError: by its methods, when another process has ended.
     """
 
     rank: int = 0
@@ -40,7 +45,8 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place; int64 stays exact."""
         if self.size > 1:
-            dist.all_reduce(values)
+            with _others_there():
+                dist.all_reduce(values)
         return values
 
     def gather(self, value: Any) -> list[Any]:
@@ -48,12 +54,24 @@ class World:
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value)
+        with _others_there():
+            dist.all_gather_object(values, value)
         return values
 
     def wait(self) -> None:
         """Waits until every process is here."""
         self.gather(None)
+
+
+@contextlib.contextmanager
+def _others_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise WorkerError(
+            "Another process of this run has ended; see what it said, and start all of them again to go on from their "
+            "last checkpoints."
+        ) from error
 
 
 @contextlib.contextmanager

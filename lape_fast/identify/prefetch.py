@@ -15,8 +15,13 @@ from lape_fast.errors import LapeFastError, WorkerError
 
 Item = TypeVar("Item")
 
+# Seconds between looks whether to stop: a signal does not end the wait for a worker.
+PATIENCE = 0.2
 
-def prefetch(produce: Callable[[int], Iterator[Item]], workers: int) -> Iterator[Item]:
+
+def prefetch(
+    produce: Callable[[int], Iterator[Item]], workers: int, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[Item]:
     """Yields what ``produce(0)`` to ``produce(workers - 1)`` yield, each in its own order, as soon as it is ready.
 
     Every worker is one item ahead at most: it waits until that is taken. With no workers, ``produce(0)`` runs here.
@@ -24,6 +29,7 @@ def prefetch(produce: Callable[[int], Iterator[Item]], workers: int) -> Iterator
     Args:
         produce: run in a forked process; its items and errors are sent through a pipe.
         workers: how many processes.
+        stopped: asked while the workers have nothing ready; once it is true, nothing more is yielded.
 
     Raises:
         WorkerError: a worker was killed.
@@ -41,11 +47,12 @@ def prefetch(produce: Callable[[int], Iterator[Item]], workers: int) -> Iterator
             process.start()
             sender.close()
             running[receiver] = process
-        while running:
-            for receiver in connection.wait(list(running)):
+        while running and not stopped():
+            for receiver in connection.wait(list(running), PATIENCE):
                 try:
                     kind, value = pickle.loads(receiver.recv_bytes())
-                except EOFError as error:
+                # Between two items and in the middle of one.
+                except (EOFError, OSError) as error:
                     raise WorkerError(
                         f"A process that reads and tokenises text died (exit code {_exit_code(running[receiver])}), "
                         "perhaps for want of memory; run again with fewer --workers."
@@ -59,7 +66,7 @@ def prefetch(produce: Callable[[int], Iterator[Item]], workers: int) -> Iterator
                     receiver.close()
     finally:
         for receiver, process in running.items():
-            process.terminate()
+            process.kill()
             process.join()
             receiver.close()
 
@@ -72,9 +79,10 @@ def _exit_code(process: multiprocessing.Process) -> int | None:
 def _work(produce: Callable[[int], Iterator], worker: int, receiver: connection.Connection, sender) -> None:
     # The pipe must break when the parent dies, so nobody else may hold its reading end.
     receiver.close()
-    # The parent decides what an interrupt means, and it ends its workers itself.
+    # Terminals and schedulers signal all processes of a job at once. The parent decides what that means, and it ends
+    # its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # The tokenizer's own threads do not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

@@ -5,7 +5,7 @@ from lape_fast.models.experts import ExpertFFN
 from lape_fast.models.ffn import check_neurons, dense_ffns, find_ffns, replaced
 from lape_fast.models.hidden_states import decoder, forward_hidden, supports_packing, without_final_norm
 from lape_fast.models.layouts import layout_of
-from lape_fast.models.loading import load_model, model_identity, tokenizer_hash
+from lape_fast.models.loading import load_model, model_identity, tokenizer_hash, weights_hash
 from lape_fast.models.sharding import load_sharded_model
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "replaced",
     "supports_packing",
     "tokenizer_hash",
+    "weights_hash",
     "without_final_norm",
 ]

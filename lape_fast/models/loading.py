@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 
 from lape_fast.errors import ArchitectureError, ConfigError
 from lape_fast.files import json_hash
@@ -49,6 +51,9 @@ _WITHOUT_EFFECT = {
     "transformers_version",
     "use_cache",
 }
+
+# Of each parameter.
+WEIGHTS_SAMPLED = 256
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -126,6 +131,22 @@ def model_identity(model) -> dict[str, Any]:
         "neurons_per_layer": ffns[0].neurons,
         "hidden_size": decoder(model).config.hidden_size,
     }
+
+
+def weights_hash(model) -> str:
+    """SHA-256 of a sample of each of the decoder's parameters, in the dtype they were loaded in; hex.
+
+    Training changes all of them, so that a sample tells models of one configuration apart in no time. All processes
+    of a sharded model must ask for it together.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in decoder(model).named_parameters():
+        values = parameter.detach()
+        values = (values.full_tensor() if isinstance(values, DTensor) else values).flatten()
+        sample = values[:: max(1, len(values) // WEIGHTS_SAMPLED)][:WEIGHTS_SAMPLED]
+        digest.update(name.encode())
+        digest.update(sample.double().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def tokenizer_hash(tokenizer) -> str:

@@ -216,6 +216,12 @@ def test_shards_parts_and_processes_add_up_to_one_run(corpus, tmp_path, small_ch
         merge_files([*paths, tmp_path / "whole.safetensors"])
 
 
+def test_a_part_without_shards_says_so(corpus):
+    settings = CountingSettings(part=4, parts=4)
+    with pytest.raises(ConfigError, match="Part 4 of 4 has nothing to count: there are only 3 shards"):
+        count_activations(tiny_model("llama"), tiny_tokenizer(), corpus, settings)
+
+
 def test_the_same_text_is_not_merged_twice(corpus, tmp_path):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     folder = corpus.name
@@ -234,6 +240,11 @@ def test_the_same_text_is_not_merged_twice(corpus, tmp_path):
     )
     with pytest.raises(ArchitectureError, match="3 layers"):
         merge_files([tmp_path / "a", tmp_path / "other"])
+    # One configuration, as a model and what was trained from it have.
+    trained = tiny_model("llama", seed=1)
+    count_to_file(trained, tokenizer, open_corpus(folder, lines="3-3", languages=["mt"]), tmp_path / "trained")
+    with pytest.raises(ArchitectureError, match="different weights"):
+        merge_files([tmp_path / "a", tmp_path / "trained"])
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference_named(corpus, tmp_path):
@@ -245,6 +256,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference_named(corpus
         count_activations(
             model, tokenizer, corpus, CountingSettings(context_length=32, batch_tokens=8), checkpoint=checkpoint
         )
+    with pytest.raises(ConfigError, match="weights_hash was"):
+        count_activations(tiny_model("llama", seed=1), tokenizer, corpus, settings, checkpoint=checkpoint)
     (Path(corpus.name) / "mlt_Latn.txt").write_text("Bonswa.")
     with pytest.raises(ConfigError, match="corpus was"):
         count_activations(model, tokenizer, open_corpus(corpus.name), settings, checkpoint=checkpoint)
@@ -282,7 +295,14 @@ def test_a_damaged_file_stops_the_run_or_is_named_in_the_report(corpus, tmp_path
     for workers in (0, 1):
         with pytest.raises(CorpusError, match="mlt_Latn.part2.txt"):
             count_activations(model, tokenizer, damaged, workers=workers)
-    counts = count_activations(model, tokenizer, damaged, CountingSettings(skip_bad_files=True))
+    # The run that was stopped by the file goes on behind it.
+    checkpoint = tmp_path / "partial"
+    settings = CountingSettings(batch_tokens=8)
+    with pytest.raises(CorpusError, match="--skip-bad-files"):
+        count_activations(model, tokenizer, damaged, settings, checkpoint=checkpoint, checkpoint_seconds=0)
+    assert checkpoint.exists()
+    settings = CountingSettings(batch_tokens=8, skip_bad_files=True)
+    counts = count_activations(model, tokenizer, damaged, settings, checkpoint=checkpoint)
     assert len(counts.metadata["skipped_files"]) == 1
     assert "mlt_Latn.part2.txt" in counts.metadata["skipped_files"][0]
     texts = [*TEXTS["mlt_Latn"], "Il-kelb.", "Il-qamar."]

@@ -6,11 +6,12 @@ import random
 import time
 
 import pytest
+import torch
 
-from lape_fast.errors import ConfigError
+from lape_fast.errors import ConfigError, WorkerError
 from lape_fast.identify import CountingSettings, count_activations, joined_world
 from lape_fast.identify.counts import TENSORS
-from lape_fast.models import decoder, load_model, load_sharded_model, model_identity
+from lape_fast.models import decoder, load_model, load_sharded_model, model_identity, weights_hash
 from lape_fast.text import open_corpus
 from tests.identify.processes import run_together
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
@@ -49,11 +50,11 @@ def after_progress(checkpoint, draw):
     return wait
 
 
-def counting(corpus, settings, checkpoint=None, seconds=0.0):
+def counting(corpus, settings, checkpoint=None, seconds=0.0, model_type="llama"):
     def count():
         with joined_world() as world:
             counts = count_activations(
-                tiny_model("llama"),
+                tiny_model(model_type),
                 tiny_tokenizer(),
                 corpus,
                 settings,
@@ -116,10 +117,11 @@ def test_twenty_kills_leave_the_counts_as_they_are(corpus, tmp_path):
     assert_same(found, undisturbed)
 
 
-def test_a_sharded_model_counts_what_a_whole_one_counts(corpus, tmp_path):
+@pytest.mark.parametrize("model_type", ("llama", "gemma3"))
+def test_a_sharded_model_counts_what_a_whole_one_counts(corpus, tmp_path, model_type):
     """The processes have unequal amounts of text, and each step needs all of them."""
     settings = CountingSettings(context_length=48, batch_tokens=96)
-    base = save_tiny(tmp_path / "base", tie_word_embeddings=True)
+    base = save_tiny(tmp_path / "base", model_type, tie_word_embeddings=True)
 
     def counting_sharded():
         with joined_world() as world:
@@ -128,14 +130,28 @@ def test_a_sharded_model_counts_what_a_whole_one_counts(corpus, tmp_path):
             counts = count_activations(model, tokenizer, corpus, settings, world=world)
         return {name: getattr(counts, name).numpy() for name in TENSORS}, counts.metadata, held
 
-    (alone,) = run_together(counting(corpus, settings), 1)
-    total = sum(parameter.numel() for parameter in decoder(tiny_model("llama")).parameters())
+    (alone,) = run_together(counting(corpus, settings, model_type=model_type), 1)
+    total = sum(parameter.numel() for parameter in decoder(tiny_model(model_type)).parameters())
     for found in run_together(counting_sharded, 2):
         assert_same(found, alone)
         assert found[1]["config_hash"] == model_identity(load_model(base)[0])["config_hash"]
+        assert found[1]["weights_hash"] == weights_hash(load_model(base)[0])
         assert abs(found[2] - total / 2) < total / 50
 
 
 def test_a_single_process_cannot_share_a_model(tmp_path):
     with pytest.raises(ConfigError, match="torchrun"):
         load_sharded_model(save_tiny(tmp_path / "base"))
+
+
+def test_a_process_that_ends_is_one_sentence_in_the_others():
+    def meet():
+        with joined_world() as world:
+            if world.rank == 1:
+                return None
+            for exchange in (world.wait, lambda: world.sum(torch.ones(1))):
+                with pytest.raises(WorkerError, match="^Another process of this run has ended"):
+                    exchange()
+        return "told"
+
+    assert run_together(meet, 2) == ["told", None]

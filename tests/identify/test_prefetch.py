@@ -48,6 +48,46 @@ def test_a_worker_that_is_killed_is_an_error_and_not_silence():
         list(prefetch(produce, 1))
 
 
+def test_a_worker_that_is_killed_within_an_item_is_the_same_error():
+    def produce(worker):
+        yield os.getpid()
+        # Far more than a pipe holds.
+        yield bytes(1 << 20)
+
+    items = prefetch(produce, 1)
+    process = next(items)
+    # Until the pipe is full; were it still empty, the error would be the same.
+    time.sleep(0.2)
+    os.kill(process, signal.SIGKILL)
+    with pytest.raises(WorkerError, match="exit code -9"):
+        next(items)
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_to_the_whole_job_is_left_to_the_parent(number):
+    def produce(worker):
+        yield os.getpid()
+        yield from range(1000)
+
+    items = prefetch(produce, 1)
+    os.kill(next(items), number)
+    assert list(items) == list(range(1000))
+
+
+def test_a_stop_is_noticed_while_the_workers_have_nothing_ready():
+    asked = []
+
+    def produce(worker):
+        yield os.getpid()
+        time.sleep(600)
+
+    items = prefetch(produce, 1, lambda: bool(asked))
+    process = next(items)
+    asked.append(True)
+    assert list(items) == []
+    assert not is_alive(process)
+
+
 def is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)

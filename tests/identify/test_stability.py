@@ -120,6 +120,22 @@ def test_a_budget_ends_what_stability_does_not(corpus):
     assert int(counts.restrict(["rus_Cyrl"]).tokens) < 1100
 
 
+def test_documents_longer_than_several_rounds_do_not_end_the_run(corpus, tmp_path):
+    draw = random.Random(0)
+    (tmp_path / "long").mkdir()
+    for language in ("mlt_Latn", "rus_Cyrl"):
+        lines = (" ".join(str(draw.random()) for _ in range(60)) for _ in range(6))
+        (tmp_path / "long" / f"{language}.txt").write_text("\n".join(lines))
+    counts = count_activations(
+        tiny_model("llama"),
+        tiny_tokenizer(),
+        open_corpus(tmp_path / "long"),
+        CountingSettings(**PLAN, until_stable=1.0),
+    )
+    # There is no budget that could have ended one.
+    assert {each["ended"] for each in counts.metadata["stability"].values()} <= {"stable", "text"}
+
+
 def test_a_run_until_stable_that_is_stopped_in_any_round_ends_the_same(corpus, tmp_path, monkeypatch):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     settings = CountingSettings(
