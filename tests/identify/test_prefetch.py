@@ -102,9 +102,11 @@ def test_whoever_stops_early_leaves_no_process_behind():
             yield os.getpid()
 
     items = prefetch(produce, 2)
-    processes = {next(items) for _ in range(20)}
+    processes = set()
+    # The second may start late on a busy machine.
+    while len(processes) < 2:
+        processes.add(next(items))
     items.close()
-    assert len(processes) == 2
     assert not any(map(is_alive, processes))
 
 
