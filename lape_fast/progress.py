@@ -12,6 +12,12 @@ _showing = False
 Advance = Callable[..., None]
 
 
+def log(line: str) -> None:
+    """Writes a line on standard error, unless that is a terminal: there a bar says it."""
+    if not sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
 @contextlib.contextmanager
 def progress_bar(description: str, total: float, unit: str = "tok") -> Iterator[Advance]:
     """Shows a bar on standard error while it is a terminal; yields the function that moves it.

@@ -21,6 +21,7 @@ from lape_fast.cli.options import (
     Json,
     Languages,
     Lines,
+    MinTokens,
     Model,
     Output,
     RuleText,
@@ -33,8 +34,10 @@ from lape_fast.cli.options import (
     UntilStable,
     Workers,
     load,
+    note,
     note_counting,
     note_ignored,
+    note_left_out,
     open_text,
     split_codes,
 )
@@ -60,6 +63,7 @@ def identify(
     workers: Workers = None,
     fsdp: Fsdp = False,
     rule: RuleText = "lape",
+    min_tokens: MinTokens = 0,
     dtype: Dtype = "auto",
     device: Device = None,
     config: Config = None,
@@ -75,6 +79,7 @@ def identify(
     from lape_fast.identify import CountingSettings, identify_neurons, joined_world
 
     opened = open_text(corpus, lines, languages, text_column)
+    finished = (output / "counts.safetensors").exists()
     settings = CountingSettings(
         context_length=context_length,
         batch_tokens=batch_tokens,
@@ -86,6 +91,8 @@ def identify(
         skip_bad_files=skip_bad_files,
     )
     with joined_world() as world:
+        if world.is_main:
+            note_ignored(opened)
         loaded, tokenizer = load(model, dtype, device or world.device, sharded=fsdp)
         counts, neurons = identify_neurons(
             loaded,
@@ -93,14 +100,16 @@ def identify(
             opened,
             output,
             settings,
+            min_tokens=min_tokens,
             checkpoint_seconds=60 * checkpoint_minutes,
             workers=workers,
             world=world,
         )
     if world.is_main:
-        note_ignored(opened)
-        note_counting(counts)
+        note_counting(counts, finished)
+        note_left_out(counts.with_tokens(min_tokens)[1])
         print_neurons(neurons, as_json, counts.metadata["stability"])
+        note(f"Wrote {output / 'counts.safetensors'} and {output / 'neurons.safetensors'}.")
 
 
 def count(
@@ -136,6 +145,7 @@ def count(
     from lape_fast.identify import CountingSettings, count_to_file, joined_world
 
     opened = open_text(corpus, lines, languages, text_column)
+    finished = output.exists()
     number, parts = _part(part)
     settings = CountingSettings(
         context_length=context_length,
@@ -150,6 +160,8 @@ def count(
         parts=parts,
     )
     with joined_world() as world:
+        if world.is_main:
+            note_ignored(opened)
         loaded, tokenizer = load(model, dtype, device or world.device, sharded=fsdp)
         counts = count_to_file(
             loaded,
@@ -162,8 +174,7 @@ def count(
             world=world,
         )
     if world.is_main:
-        note_ignored(opened)
-        note_counting(counts)
+        note_counting(counts, finished)
         print_counts(output, counts.summary(), as_json)
 
 
@@ -177,11 +188,13 @@ def merge_counts(
     Example: lape-fast merge-counts parts/*.safetensors --output counts.safetensors
     """
     from lape_fast.files import refuse_existing
-    from lape_fast.identify import merge_files
+    from lape_fast.identify import merge_files, missing_parts
 
     refuse_existing(output)
     merged = merge_files(counts)
     merged.save(output)
+    if missing := missing_parts(merged):
+        note(f"Not among them: part {', '.join(missing)}. Some text, or whole languages, may be missing.")
     print_counts(output, merged.summary(), as_json)
 
 
@@ -192,6 +205,7 @@ def select(
     ],
     rule: RuleTexts = DEFAULT_RULES,
     languages: Languages = None,
+    min_tokens: MinTokens = 0,
     ablation: Annotated[
         list[Path] | None,
         typer.Option("--ablation", help="JSON file of ablate, if this selection was ablated before; may be repeated."),
@@ -227,6 +241,8 @@ def select(
     loaded = ActivationCounts.load(counts)
     if languages:
         loaded = loaded.restrict(split_codes(languages))
+    loaded, left_out = loaded.with_tokens(min_tokens)
+    note_left_out(left_out)
     selections = dict(zip(rules, select_many(loaded, list(rules.values())), strict=True))
     measured = match_ablations(selections, ablation or [], ablation_beside(output))
     if len(selections) == 1:

@@ -89,6 +89,9 @@ RuleTexts = Annotated[
     list[str],
     typer.Option("--rule", help="How to select: lape, paper, tang, percentile or budget, with settings; repeatable."),
 ]
+MinTokens = Annotated[
+    int, typer.Option("--min-tokens", min=0, help="Leave languages with fewer tokens out of the selection.")
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="cuda, cpu, ...; a GPU if there is one by default.")]
 Output = Annotated[Path, typer.Option("--output", help="Where to write; nothing that exists is overwritten.")]
@@ -127,11 +130,24 @@ def note_ignored(corpus) -> None:
         Console(stderr=True).print(f"Left out, not named by a language code: {names}", highlight=False, markup=False)
 
 
-def note_counting(counts) -> None:
-    """Says on standard error how fast the counting went, and what was skipped."""
+def note(sentence: str) -> None:
+    """Says something on standard error, where it does not disturb what a machine reads."""
+    Console(stderr=True).print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+def note_left_out(tokens: dict[str, int]) -> None:
+    """Says which languages had too few tokens to be selected for."""
+    if tokens:
+        note(f"Left out, too few tokens: {', '.join(f'{code} ({total:,})' for code, total in tokens.items())}.")
+
+
+def note_counting(counts, finished: bool) -> None:
+    """Says on standard error how fast the counting went, unless it was done already, and what was skipped."""
     console = Console(stderr=True)
     speed = counts.metadata["speed"]
-    if speed["tokens_per_s"]:
+    if finished:
+        note("The counts were complete already; nothing was counted.")
+    elif speed["tokens_per_s"]:
         console.print(
             f"{speed['tokens_per_s']:,.0f} tokens/s; the model waited for text {speed['waited_share']:.1%} of it.",
             highlight=False,

@@ -7,7 +7,7 @@ from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.distributed import World, joined_world
 from lape_fast.identify.identification import count_to_file, identify_neurons
 from lape_fast.identify.masks import export_masks, import_masks
-from lape_fast.identify.merging import merge_files
+from lape_fast.identify.merging import merge_files, missing_parts
 from lape_fast.identify.neurons import NeuronSet, random_like
 from lape_fast.identify.release import publish_release
 from lape_fast.identify.rules import RULES, Budget, Lape, Percentile, Rule, parse_rules, rule_name
@@ -35,6 +35,7 @@ __all__ = [
     "joined_world",
     "measure_stability",
     "merge_files",
+    "missing_parts",
     "parse_rules",
     "publish_release",
     "random_like",

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lape_fast.errors import ConfigError
+from lape_fast.errors import ConfigError, FileFormatError
 from lape_fast.files import read_metadata, read_tensors, write_tensors
 from lape_fast.identify.chunks import Position
 from lape_fast.identify.distributed import World
@@ -114,7 +114,13 @@ class Checkpoints:
                 path.unlink()
 
     def _files(self) -> list[tuple[Path, dict[str, Any]]]:
-        return [(path, read_metadata(path)) for path in sorted(self.folder.glob("*.safetensors"))]
+        files = [(path, read_metadata(path)) for path in sorted(self.folder.glob("*.safetensors"))]
+        for path, metadata in files:
+            if metadata.get("kind") != "checkpoint":
+                raise FileFormatError(
+                    f"{path} is no checkpoint ({metadata.get('kind')!r}); move it out of the folder of the run."
+                )
+        return files
 
     def _own(self) -> Path:
         return self.folder / f"{self.world.rank}-of-{self.world.size}.safetensors"

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,9 +25,9 @@ from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.distributed import World
 from lape_fast.identify.merging import counted_shards
 from lape_fast.identify.prefetch import prefetch
-from lape_fast.identify.stability import is_stable, measure_stability
+from lape_fast.identify.stability import UNKNOWN, is_stable, measure_stability
 from lape_fast.models import decoder, model_identity, tokenizer_hash, weights_hash
-from lape_fast.progress import progress_bar
+from lape_fast.progress import log, progress_bar
 from lape_fast.text import Corpus, Packed, pack_for_model
 
 # What a process without text of its own runs while a sharded model's others need it: one token, not counted.
@@ -141,6 +141,7 @@ class _Run:
         self.tokens = saved.get("tokens", torch.zeros(2 * len(corpus.languages), dtype=torch.int64))
         if "counts" in saved:
             set_by_language(self.counts, saved["counts"])
+            self._log("Going on from")
         self.counted = 0
         self.seconds = self.waited = 0.0
         self.shown, self.tokens_shown = 0.0, 0
@@ -155,14 +156,10 @@ class _Run:
             for queue in busy[worker :: max(1, workers)]:
                 yield from self.read(queue, self.progress.positions, targets)
 
-        def stopped() -> bool:
-            # A sharded model's other processes need this one's steps.
-            return stop.asked and not self.sharded
-
         self._show(advance)
         begun = saved = time.monotonic()
-        with contextlib.closing(prefetch(produce, workers, stopped)) as groups:
-            for packed, finished in self._steps(groups):
+        with contextlib.closing(prefetch(produce, workers, lambda: stop.asked)) as groups:
+            for packed, finished in self._steps(groups, stop):
                 if packed is not None:
                     count_batch(self.model, modules, packed)
                     counted = packed.language_ids[packed.language_ids >= 0]
@@ -174,13 +171,12 @@ class _Run:
                     continue
                 self.progress.positions.update(finished.positions)
                 self._show(advance)
-                if stop.asked:
-                    break
                 if time.monotonic() - saved >= checkpoint_seconds:
                     self._save()
                     saved = time.monotonic()
+        # Others may take hours yet.
+        self._save()
         if stop.asked:
-            self._save()
             raise StoppedError(
                 f"The run was asked to stop, and is saved in {self.checkpoints.folder}; the same command goes on "
                 "from there."
@@ -193,7 +189,6 @@ class _Run:
             return False
         # Every process has saved the whole round before any saves the next one, and the next one before any goes on:
         # processes that are killed in between agree on the round that they resume.
-        self._save()
         self.world.wait()
         measured = measure_stability(self._total(), self.settings.selection_rule())
         stable = [code for code, values in measured.items() if is_stable(values, threshold)]
@@ -217,10 +212,7 @@ class _Run:
         speed = [sum(values) for values in zip(*self.world.gather((self.counted, self.waited)), strict=True)]
         seconds = max(self.world.gather(self.seconds))
         counts.metadata |= {
-            "stability": {
-                language: {**measured, "ended": self._ending(language, positions)}
-                for language, measured in measure_stability(counts, self.settings.selection_rule()).items()
-            },
+            "stability": self._stability(counts, positions),
             "shards": counted_shards(self.corpus, self.settings),
             "skipped_files": sorted({bad for position in positions.values() for bad in position.bad_files}),
             "speed": {
@@ -249,22 +241,24 @@ class _Run:
         position = self.progress.positions.get(str(shard), Position())
         return position.ended or position.tokens >= target
 
-    def _steps(self, groups: Iterable[Group]) -> Iterator[tuple[Packed | None, Group | None]]:
+    def _steps(self, groups: Iterator[Group], stop: _Stop) -> Iterator[tuple[Packed | None, Group | None]]:
         """Batches in order, each with the group that it ends; a sharded model's processes take the same number."""
-        steps = self._own_steps(groups)
+        steps = self._own_steps(groups, stop)
         if not self.sharded:
             yield from steps
             return
         while True:
             step = next(steps, None)
-            if not any(self.world.gather(step is not None)):
+            others = self.world.gather((step is not None, stop.asked))
+            # One that stops stops all, each at the end of a group.
+            stop.asked = any(asked for _, asked in others)
+            if not any(busy for busy, _ in others):
                 return
             packed, finished = step or (None, None)
             yield packed or NOTHING, finished
 
-    def _own_steps(self, groups: Iterable[Group]) -> Iterator[tuple[Packed | None, Group | None]]:
-        groups = iter(groups)
-        while True:
+    def _own_steps(self, groups: Iterator[Group], stop: _Stop) -> Iterator[tuple[Packed | None, Group | None]]:
+        while not stop.asked:
             begun = time.monotonic()
             group = next(groups, None)
             self.waited += time.monotonic() - begun
@@ -278,19 +272,31 @@ class _Run:
     def _show(self, advance: Callable) -> None:
         """Moves the bar: a shard counts by its share of the budget, or once it has ended."""
         target = self.settings.target(self.settings.tokens_per_language or math.inf)
-        done = 0.0
+        done, over = 0.0, 0
         for queue in self.queues:
             for shard in queue:
                 position = self.progress.positions.get(str(shard), Position())
-                over = position.ended or shard.language in self.progress.stopped
-                done += 1.0 if over else min(1.0, position.tokens / target)
-        waited = f"waited for text {self.waited / self.seconds:.0%} of the time" if self.seconds else ""
-        advance(done - self.shown, self.counted - self.tokens_shown, waited)
-        self.shown, self.tokens_shown = done, self.counted
+                share = min(1.0, position.tokens / target)
+                if position.ended or shard.language in self.progress.stopped:
+                    share = 1.0
+                done, over = done + share, over + (share == 1.0)
+        note = f"{over} of {self.shards} done"
+        if self.seconds:
+            note += f", waited for text {self.waited / self.seconds:.0%} of the time"
+        # A language that is no longer stable goes on, and the bar does not go back.
+        advance(max(0.0, done - self.shown), self.counted - self.tokens_shown, note)
+        self.shown, self.tokens_shown = max(done, self.shown), self.counted
 
     def _save(self) -> None:
         if self.checkpoints.folder is not None:
             self.checkpoints.save(self.progress, {"counts": by_language(self.counts), "tokens": self.tokens})
+            self._log("Saved at")
+
+    def _log(self, event: str) -> None:
+        """One line for those who read a log, where no bar is shown."""
+        if self.world.is_main:
+            begun = len(self.progress.positions)
+            log(f"{event} {int(self.tokens.sum()):,} tokens; {begun} of {self.shards} texts begun.")
 
     def _total(self) -> ActivationCounts:
         """The counts of all processes."""
@@ -315,11 +321,26 @@ class _Run:
         names = [str(shard) for queue in self.queues for shard in queue]
         return {name: self.progress.positions.get(name, Position()) for name in names}
 
-    def _ending(self, language: str, positions: dict[str, Position]) -> str:
-        if self.settings.until_stable is not None and language in self.progress.stopped:
-            return "stable"
-        shards = [position for name, position in positions.items() if name.rpartition("/")[0] == language]
-        return "text" if all(position.ended for position in shards) else "budget"
+    def _stability(self, counts: ActivationCounts, positions: dict[str, Position]) -> dict[str, dict[str, Any]]:
+        """What ``measure_stability`` says of each language, whether that is enough, and why its counting ended."""
+        threshold = self.settings.until_stable
+        target = self.settings.target(self.settings.tokens_per_language or math.inf)
+        if self.settings.parts > 1:
+            # Rules compare languages, and a part has only some.
+            measured = {code: {**UNKNOWN, "tokens": int(counts.restrict([code]).tokens)} for code in counts.languages}
+        else:
+            measured = measure_stability(counts, self.settings.selection_rule())
+        for language, values in measured.items():
+            shards = [position for name, position in positions.items() if name.rpartition("/")[0] == language]
+            if all(position.ended for position in shards):
+                values["ended"] = "text"
+            elif all(position.ended or position.tokens >= target for position in shards):
+                values["ended"] = "budget"
+            else:
+                values["ended"] = "stable"
+            if threshold is not None:
+                values["stable"] = is_stable(values, threshold)
+        return measured
 
 
 class _Stop:

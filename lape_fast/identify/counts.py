@@ -250,6 +250,21 @@ class ActivationCounts:
         )
         return ActivationCounts(positive, tokens, codes, self.metadata, *halves)
 
+    def with_tokens(self, least: int) -> tuple[ActivationCounts, dict[str, int]]:
+        """The counts of the languages with at least so many tokens, and the tokens of those that are left out.
+
+        A language of a few tokens has extreme probabilities by chance: it takes neurons from all others.
+
+        Raises:
+            SelectionError: none has as many.
+        """
+        tokens = dict(zip(self.languages, self.tokens.tolist(), strict=True))
+        kept = [language for language, total in tokens.items() if total >= least]
+        if not kept:
+            raise SelectionError(f"No language has {least} tokens, the most is {max(tokens.values())}; ask for fewer.")
+        left_out = {language: total for language, total in tokens.items() if total < least}
+        return (self.restrict(kept) if left_out else self), left_out
+
     def halves(self) -> tuple[ActivationCounts, ActivationCounts]:
         """The counts of the two interleaved halves of every language's text.
 
@@ -271,7 +286,7 @@ class ActivationCounts:
         silent = [code for code, tokens in zip(self.languages, self.tokens.tolist(), strict=True) if tokens == 0]
         if silent:
             raise SelectionError(
-                f"No token was counted for {', '.join(silent)}, so nothing is known about their neurons; "
+                f"No token was counted for {', '.join(silent)}, so nothing is known of its neurons; "
                 "give them text, or leave them out."
             )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lape_fast.errors import FileExistsAlreadyError
+from lape_fast.errors import FileExistsAlreadyError, SelectionError
 from lape_fast.identify.checkpoints import differences
 from lape_fast.identify.chunks import CountingSettings
 from lape_fast.identify.counting import count_activations, fit_settings, run_identity
@@ -28,6 +28,7 @@ def identify_neurons(
     output: str | os.PathLike,
     settings: CountingSettings | None = None,
     *,
+    min_tokens: int = 0,
     checkpoint_seconds: float = 300.0,
     workers: int | None = None,
     world: World | None = None,
@@ -39,6 +40,7 @@ def identify_neurons(
     Args:
         model, tokenizer, corpus, settings, checkpoint_seconds, workers, world: see ``count_activations``.
         output: the folder.
+        min_tokens: languages with fewer are counted, but left out of the selection.
 
     Raises:
         FileExistsAlreadyError: the folder holds the results of another run.
@@ -59,7 +61,13 @@ def identify_neurons(
         workers=workers,
         world=world,
     )
-    neurons = select_neurons(counts, settings.selection_rule())
+    try:
+        neurons = select_neurons(counts.with_tokens(min_tokens)[0], settings.selection_rule())
+    except SelectionError as error:
+        raise SelectionError(
+            f"{error} The counts are in {folder / COUNTS_NAME}: `lape-fast select` them with --min-tokens, --languages "
+            "or another rule."
+        ) from error
     if world is not None and not world.is_main:
         return counts, neurons
     path = folder / NEURONS_NAME
@@ -91,6 +99,7 @@ def count_to_file(
     """
     path = Path(path)
     world = world or World()
+    partial = path.with_name(f"{path.name}.partial")
     if path.exists():
         counts = ActivationCounts.load(path)
         run = run_identity(model, tokenizer, corpus, fit_settings(model, settings or CountingSettings()))
@@ -99,8 +108,9 @@ def count_to_file(
             raise FileExistsAlreadyError(
                 f"{path} holds the counts of another run ({changed}); choose another output or remove the file."
             )
+        # A run that was killed between its last two steps leaves it behind.
+        shutil.rmtree(partial, ignore_errors=True)
         return counts
-    partial = path.with_name(f"{path.name}.partial")
     counts = count_activations(
         model,
         tokenizer,

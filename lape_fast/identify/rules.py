@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 from lape_fast.errors import SelectionError
 
@@ -80,6 +80,9 @@ class Rule:
         SelectionError: a setting out of its range.
     """
 
+    # Whether a language's neurons depend on what other languages do.
+    compares_languages: ClassVar[bool] = True
+
     exclusive: bool = field(default=False, kw_only=True, metadata={"check": _flag})
     layers: tuple[int, int] | None = field(default=None, kw_only=True, metadata={"check": _layers})
 
@@ -132,6 +135,8 @@ class Percentile(Rule):
         >>> rule_name(Percentile(0.99, exclusive=True))
         'percentile-0.99-exclusive'
     """
+
+    compares_languages: ClassVar[bool] = False
 
     percentile: float = _setting(0.99, _percentile)
 

@@ -77,6 +77,11 @@ def select_many(counts: ActivationCounts, rules: Sequence[Rule]) -> list[NeuronS
             f"{strange[0]!r} is no rule; pass Lape(), Percentile() or Budget(), or what parse_rules makes of a text."
         )
     counts.check_tokens()
+    if len(counts.languages) == 1 and any(rule.compares_languages for rule in rules):
+        raise SelectionError(
+            f"The rule compares languages, and there is only {counts.languages[0]}; select from the counts of several "
+            "languages, or by percentile."
+        )
     groups: dict[tuple[type[Rule], range], list[int]] = {}
     for number, rule in enumerate(rules):
         groups.setdefault((type(rule), _layer_range(counts, rule)), []).append(number)

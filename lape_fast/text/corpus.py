@@ -90,7 +90,7 @@ class Corpus:
         self._lines = lines
         self._text_column = text_column
         self._parts = {language: _parts_of(language, sources, self.name) for language in self.languages}
-        self._content = {language: _content_of(language, sources) for language in self.languages}
+        self._content = {language: _content_of(language, sources, self.name) for language in self.languages}
 
     def documents(self, language: str) -> Iterator[str]:
         """The documents of one language, from the first, none of them blank.
@@ -212,8 +212,13 @@ def _parts_of(language: str, sources: Sequence[Source], corpus: str) -> list[Par
     return parts
 
 
-def _content_of(language: str, sources: Sequence[Source]) -> list[Any]:
-    return [item for source in sources if language in source.languages for item in source.content(language)]
+def _content_of(language: str, sources: Sequence[Source], corpus: str) -> list[Any]:
+    content = [item for source in sources if language in source.languages for item in source.content(language)]
+    if len({json_hash(item) for item in content}) < len(content):
+        raise CorpusError(
+            f"{corpus} holds the same text of {language} twice (files of one name and size); name each corpus once."
+        )
+    return content
 
 
 def _choose(wanted: Iterable[str] | None, available: Iterable[str], corpus: str) -> list[str]:

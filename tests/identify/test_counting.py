@@ -28,6 +28,7 @@ from lape_fast.identify import (
     counting_ffns,
     identify_neurons,
     merge_files,
+    missing_parts,
 )
 from lape_fast.identify.counting_ffn import by_language, zero_counts
 from lape_fast.identify.counts import TENSORS
@@ -342,3 +343,30 @@ def test_counts_of_another_model_are_not_taken_for_these(corpus, tmp_path):
     with pytest.raises(FileExistsAlreadyError, match="layers was 2 and is 3"):
         count_to_file(tiny_model("llama", layers=3), tokenizer, corpus, tmp_path / "counts.safetensors")
     assert ActivationCounts.load(tmp_path / "counts.safetensors").layers == 2
+
+
+def test_a_text_is_not_counted_twice_in_one_run(corpus, tmp_path):
+    folder = Path(corpus.name)
+    with pytest.raises(CorpusError, match="the same text of mlt_Latn twice"):
+        open_corpus([folder, folder / "mlt_Latn.txt"])
+
+
+def test_merged_parts_say_what_they_lack_and_where_they_come_from(corpus, tmp_path, small_chunks):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    for part in (1, 2, 3):
+        count_to_file(model, tokenizer, corpus, tmp_path / str(part), CountingSettings(part=part, parts=3))
+    whole = count_activations(model, tokenizer, corpus)
+    two = merge_files([tmp_path / "3", tmp_path / "1"])
+    assert missing_parts(two) == ["2/3"]
+    merged = merge_files([tmp_path / "3", tmp_path / "2", tmp_path / "1"])
+    assert missing_parts(merged) == []
+    assert merged.languages == whole.languages
+    assert merged.metadata["corpus"] == corpus.describe()
+    # A part has too few languages to compare, all of them together have not.
+    part = ActivationCounts.load(tmp_path / "1").metadata["stability"]["eng_Latn"]
+    assert (part["jaccard"], part["ended"]) == (None, "text")
+    assert merged.metadata["stability"] == whole.metadata["stability"]
+    other = CountingSettings(context_length=24)
+    count_to_file(model, tokenizer, open_corpus(corpus.name, languages=["kat_Geor"]), tmp_path / "short", other)
+    with pytest.raises(ArchitectureError, match="--context-length"):
+        merge_files([tmp_path / "1", tmp_path / "short"])

@@ -198,3 +198,13 @@ def test_the_fingerprint_changes_with_every_part_of_the_counts():
     }
     assert len(prints) == 5
     assert small(model="metadata does not count").fingerprint() in prints
+
+
+def test_languages_with_few_tokens_are_left_out_and_named():
+    codes = ["mlt_Latn", "cym_Latn", "isl_Latn"]
+    counts = ActivationCounts(torch.ones(3, 1, 2, dtype=torch.int64), torch.tensor([5, 100, 20]), codes)
+    kept, left_out = counts.with_tokens(20)
+    assert kept.languages == ["cym_Latn", "isl_Latn"] and left_out == {"mlt_Latn": 5}
+    assert counts.with_tokens(0) == (counts, {})
+    with pytest.raises(SelectionError, match="the most is 100"):
+        counts.with_tokens(101)

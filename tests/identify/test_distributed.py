@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 
@@ -38,12 +39,21 @@ def make_corpus(folder, sizes):
     return open_corpus(folder)
 
 
+def saved_at(checkpoint):
+    times = {}
+    for path in checkpoint.glob("[0-9]*"):
+        # Files of other numbers of processes vanish at any time.
+        with contextlib.suppress(FileNotFoundError):
+            times[path] = path.stat().st_mtime_ns
+    return times
+
+
 def after_progress(checkpoint, draw):
     """Returns some moments after the run under way has been saved once more."""
-    before = {path: path.stat().st_mtime_ns for path in checkpoint.glob("[0-9]*")}
+    before = saved_at(checkpoint)
 
     def wait():
-        while {path: path.stat().st_mtime_ns for path in checkpoint.glob("[0-9]*")} == before:
+        while saved_at(checkpoint) == before:
             time.sleep(0.001)
         time.sleep(draw.uniform(0.0, 0.05))
 

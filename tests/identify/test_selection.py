@@ -14,7 +14,7 @@ from lape_fast.identify import probabilities, selection
 from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.neurons import NeuronSet
 from lape_fast.identify.probabilities import Probabilities
-from lape_fast.identify.rules import Lape
+from lape_fast.identify.rules import Budget, Lape, Percentile
 from lape_fast.identify.selection import select_neurons
 
 
@@ -134,10 +134,13 @@ def test_neurons_that_never_fire_leave_no_candidate():
     assert select_neurons(counts_of(torch.zeros(2, 2, 5, dtype=torch.int64), [3, 4])).union_count() == 0
 
 
-def test_one_language_has_no_entropy_so_the_first_candidates_win():
-    positive = torch.tensor([[[1, 9, 2, 8], [7, 3, 6, 4]]])
-    neurons = select_neurons(counts_of(positive, [10]), Lape(top_rate=0.25, filter_rate=0.5, activation_bar=0.1))
-    assert [chosen.tolist() for chosen in neurons["language 0"]] == [[1, 3], []]
+def test_rules_that_compare_languages_refuse_a_single_one():
+    alone = counts_of(torch.tensor([[[1, 9, 2, 8], [7, 3, 6, 4]]]), [10])
+    for rule in (Lape(), Budget(1)):
+        with pytest.raises(SelectionError, match="there is only language 0"):
+            select_neurons(alone, rule)
+    chosen = select_neurons(alone, Percentile(0.75))["language 0"]
+    assert [layer.tolist() for layer in chosen] == [[1, 3], []]
 
 
 def test_fewer_candidates_than_the_share_are_all_selected():

@@ -22,7 +22,6 @@ COUNTS = {
     "few-tokens": drawn(3, languages=12, layers=2, neurons=63, most_tokens=7, zeros=0.5),
     "one-token": drawn(4, languages=3, layers=2, neurons=77, most_tokens=1, zeros=0.2),
     "rarely-active": drawn(5, languages=4, layers=5, neurons=43, most_tokens=1000, zeros=0.97),
-    "one-language": drawn(6, languages=1, layers=3, neurons=50, most_tokens=30, zeros=0.2),
 }
 
 
