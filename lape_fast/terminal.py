@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
-from statistics import median
+from collections.abc import Collection
+from statistics import fmean, median
 from typing import Any
 
+from rich import box
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 
@@ -16,12 +22,30 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def new_table(*headers: str) -> Table:
-    """A table whose first column holds names and whose others hold figures."""
+def new_table(*headers: str, words: Collection[str] = ()) -> Table:
+    """A table whose first column holds names, which stay on one line, and whose others hold figures.
+
+    Args:
+        headers: of the columns.
+        words: the headers of the other columns that hold words.
+    """
     table = Table()
     for number, header in enumerate(headers):
-        table.add_column(header, justify="left" if number == 0 else "right")
+        left = number == 0 or header in words
+        table.add_column(header, justify="left" if left else "right", no_wrap=number == 0)
     return table
+
+
+def _print_whole(table: Table) -> None:
+    """Prints a table that is wider than a narrow terminal rather than cut a name or a figure."""
+    console = Console()
+    for column in table.columns:
+        column.min_width = max(cell_len(word) for cell in (column.header, *column.cells) for word in cell.split())
+    needed, natural = Measurement.get(console, console.options.update(max_width=sys.maxsize), table)
+    if natural > console.width:
+        # Headers and names of several words wrap.
+        table.width = max(console.width, needed)
+    Console(width=max(console.width, natural)).print(table)
 
 
 def print_neurons(
@@ -53,6 +77,7 @@ SELECTIVITY = {
     "over_mean_of_others": "over mean of others",
 }
 COST_UNIT = "Costs: bits per byte that switching the neurons off adds for the language itself, and what that exceeds."
+HALVES = "Halves agree: Jaccard index of the neurons that the two halves of a language's text select."
 
 
 def print_neuron_table(summary: dict[str, Any]) -> None:
@@ -61,21 +86,23 @@ def print_neuron_table(summary: dict[str, Any]) -> None:
 
     counted, selectivity = summary.get("counted"), summary.get("selectivity")
     headers = ["tokens counted", "halves agree"] * bool(counted) + [*SELECTIVITY.values()] * bool(selectivity)
-    table = new_table("language", "name", "neurons", *headers)
+    table = new_table("language", "name", "neurons", *headers, words=("name",))
     for language, size in summary["per_language"].items():
         cells = [f"{counted[language]['tokens']:,}", _share(counted[language]["jaccard"])] if counted else []
         if selectivity:
             cells += [_signed(selectivity.get(language, {}).get(name)) for name in SELECTIVITY]
         table.add_row(language, language_name(language), f"{size:,}", *cells)
-    Console().print(table)
+    _print_whole(table)
     total = summary["layers"] * summary["neurons_per_layer"]
     Console().print(f"{summary['union']:,} of {total:,} neurons belong to at least one language.")
+    if counted:
+        Console().print(HALVES)
     if selectivity:
         Console().print(COST_UNIT)
 
 
 def print_selections(selections: dict[str, Any], as_json: bool, ablations: dict[str, dict[str, Any]]) -> None:
-    """Prints how several selections from the same counts compare, one row each.
+    """Prints how several selections from the same counts compare, one row each; what they cost in a second table.
 
     Args:
         selections: name -> neuron set.
@@ -86,21 +113,33 @@ def print_selections(selections: dict[str, Any], as_json: bool, ablations: dict[
         measured = {name: {"selectivity": ablation["selectivity"]} for name, ablation in ablations.items()}
         print_json({name: each.summary() | measured.get(name, {}) for name, each in selections.items()})
         return
-    headers = [f"mean {header}" for header in SELECTIVITY.values()] if ablations else []
-    table = new_table("rule", "neurons", "per language: least", "median", "most", "languages without", *headers)
+    table = _new_rule_table("neurons", "least", "median", "most", "without")
     for name, neurons in selections.items():
         sizes = list(neurons.per_language().values())
         counted = (neurons.union_count(), min(sizes), median(sizes), max(sizes), sizes.count(0))
-        means = ablations.get(name, {}).get("mean_selectivity", {})
-        costs = [_signed(means.get(each)) for each in SELECTIVITY] if ablations else []
-        table.add_row(name, *(f"{count:,}" for count in counted), *costs)
-    Console().print(table)
-    if ablations:
-        Console().print(COST_UNIT)
+        table.add_row(name, *(f"{count:,}" for count in counted))
+    Console().print("Neurons in all, then per language; without: languages that have none.")
+    _print_whole(table)
+    if not ablations:
+        return
+    table = _new_rule_table("own", "over next", "over mean")
+    for name, ablation in ablations.items():
+        table.add_row(name, *(_signed(ablation["mean_selectivity"].get(each)) for each in SELECTIVITY))
+    Console().print("\nMean over the languages of own cost, over next worst, over mean of others.")
+    _print_whole(table)
+    Console().print(COST_UNIT)
+
+
+def _new_rule_table(*headers: str) -> Table:
+    """A table of rules, without the frame: their names are long."""
+    table = new_table("rule", *headers)
+    table.box, table.show_edge, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, False, 0
+    return table
 
 
 def _share(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.2f}"
+    # Rounded down: 0.9499 has not reached 0.95.
+    return "unknown" if value is None else f"{math.floor(100 * value) / 100:.2f}"
 
 
 def _signed(value: float | None) -> str:
@@ -115,17 +154,19 @@ def print_counts(path: Any, summary: dict[str, Any], as_json: bool) -> None:
     from lape_fast.text import language_name
 
     stability = summary["metadata"].get("stability", {})
-    table = new_table("language", "name", "tokens", "halves agree", "95 %", "ended by")
+    headers = ("language", "name", "tokens", "halves agree", "95 % interval", "ended by")
+    table = new_table(*headers, words=("name", "ended by"))
     for language, tokens in summary["tokens"].items():
         measured = stability.get(language, {})
         interval = "{:.2f}–{:.2f}".format(*measured["interval"]) if measured.get("interval") else ""
         cells = (_share(measured.get("jaccard")), interval, measured.get("ended", ""))
         table.add_row(language, language_name(language), f"{tokens:,}", *cells)
-    Console().print(table)
+    _print_whole(table)
+    Console().print(HALVES)
     total = sum(summary["tokens"].values())
     Console().print(f"{path}: {len(summary['languages'])} languages, {total:,} tokens.", highlight=False)
     if summary["metadata"].get("until_stable"):
-        pending = [code for code, measured in stability.items() if measured["ended"] != "stable"]
+        pending = [code for code, measured in stability.items() if not measured["stable"]]
         names = f"; not yet: {', '.join(pending)}" if pending else ""
         Console().print(f"{len(stability) - len(pending)} languages are stable{names}.", highlight=False)
 
@@ -148,7 +189,7 @@ def print_scores(columns: dict, as_json: bool) -> None:
         last = list(measured.values())[-1][language]
         change = f"{values[-1] - values[0]:+.4f}" if len(values) > 1 else ""
         table.add_row(language, *(f"{value:.4f}" for value in values), change, f"{last['perplexity']:.2f}")
-    Console().print(table)
+    _print_whole(table)
 
 
 def print_ablation(matrix, as_json: bool) -> None:
@@ -160,16 +201,21 @@ def print_ablation(matrix, as_json: bool) -> None:
         "switched off", "neurons", "costs itself (bits per byte)", "over the next worst", "over the mean of the others"
     )
     selectivity = matrix.selectivity()
-    for language, size in zip(matrix.ablated, matrix.neurons, strict=True):
-        if language in selectivity:
-            table.add_row(language, f"{size:,}", *map(_signed, selectivity[language].values()))
-    table.add_section()
-    table.add_row(
-        "mean", f"{sum(matrix.neurons) / len(matrix.neurons):,.1f}", *map(_signed, matrix.mean_selectivity().values())
-    )
-    Console().print(table)
-    none = matrix.neurons.count(0)
-    without = f" {none} {'has' if none == 1 else 'have'} no neurons." if none else ""
+    sizes = {
+        language: size for language, size in zip(matrix.ablated, matrix.neurons, strict=True) if language in selectivity
+    }
+    # To switch nothing off costs exactly nothing, which says nothing of the rule.
+    costs = {language: selectivity[language] for language, size in sizes.items() if size}
+    for language, size in sizes.items():
+        table.add_row(language, f"{size:,}", *(_signed(costs.get(language, {}).get(name)) for name in SELECTIVITY))
+    if costs:
+        table.add_section()
+        known = [[each[name] for each in costs.values() if each[name] is not None] for name in SELECTIVITY]
+        means = [_signed(fmean(values) if values else None) for values in known]
+        table.add_row("mean", f"{fmean(sizes[language] for language in costs):,.1f}", *means)
+    _print_whole(table)
+    none = len(sizes) - len(costs)
+    without = f" {none} {'has' if none == 1 else 'have'} no neurons and no part in the mean." if none else ""
     Console().print(
         f"{len(matrix.hits_own_hardest())} of {len(selectivity)} languages are hit hardest by the loss of their own "
         f"neurons.{without}"
@@ -177,15 +223,38 @@ def print_ablation(matrix, as_json: bool) -> None:
 
 
 def print_facts(name: Any, facts: dict[str, Any], as_json: bool) -> None:
-    """Prints names and values."""
+    """Prints names and values, those of ``metadata`` last and by name: a safetensors file keeps them in no order."""
     if as_json:
         print_json(facts)
         return
     table = Table("", str(name))
-    metadata = facts.get("metadata", {})
-    for key, value in {**{key: value for key, value in facts.items() if key != "metadata"}, **metadata}.items():
-        table.add_row(key.replace("_", " "), _in_words(value))
+    rows = {**facts, **dict(sorted(facts.get("metadata", {}).items()))}
+    for key, value in rows.items():
+        if key != "metadata" and value not in (None, [], {}):
+            needed, in_words = WORDINGS.get(key, (set(), _in_words))
+            # Metadata may be anybody's.
+            known = not needed or (isinstance(value, dict) and value.keys() >= needed)
+            table.add_row(key.replace("_", " "), in_words(value) if known else _in_words(value))
     Console().print(table)
+
+
+def _corpus_in_words(corpus: dict[str, Any]) -> str:
+    # Lines 1- are all of them.
+    lines = f", lines {corpus['lines']}" if corpus["lines"] != "1-" else ""
+    column = f", column {corpus['text_column']}" if corpus["text_column"] else ""
+    return f"{corpus['spec']}{lines}{column}"
+
+
+def _speed_in_words(speed: dict[str, Any]) -> str:
+    rate = f"{speed['tokens_per_s']:,.0f} tokens/s in " if speed["tokens_per_s"] else ""
+    return f"{rate}{speed['seconds']:,.1f} s"
+
+
+# How facts that are more than a value are told, and the values that this takes.
+WORDINGS = {
+    "corpus": ({"spec", "lines", "text_column"}, _corpus_in_words),
+    "speed": ({"seconds", "tokens_per_s"}, _speed_in_words),
+}
 
 
 def _in_words(value: Any) -> str:
@@ -193,4 +262,6 @@ def _in_words(value: Any) -> str:
         return ", ".join(f"{key} {_in_words(each)}" for key, each in value.items())
     if isinstance(value, list):
         return ", ".join(map(_in_words, value))
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return value[:12]
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lape_fast.cli import app, main
+from lape_fast.errors import StoppedError
 from lape_fast.identify import ActivationCounts, NeuronSet
+from lape_fast.terminal import print_ablation
+from tests.report.samples import matrix_of
 from tests.tiny_models import save_tiny
 
 TEXTS = {
@@ -148,7 +153,7 @@ def test_a_measured_selectivity_is_printed_with_the_selection(workplace, monkeyp
     assert re.search(r"\+0\.7500 │ +-0\.1250 │ +│", run(*again, workplace / "again.safetensors"))
     assert json.loads(run(*again, workplace / "json.safetensors", "--json"))["selectivity"] == {"mlt_Latn": costs}
     printed = run(*again, workplace / "several", "--rule", "paper")
-    assert "mean over next worst" in printed and "-0.1250" in printed
+    assert "Mean over the languages" in printed and re.search(r"\+0\.7500 +-0\.1250 ", printed)
 
     (workplace / "measured.ablation.json").write_text(json.dumps(ablation))
     printed = run("info", path)
@@ -157,6 +162,44 @@ def test_a_measured_selectivity_is_printed_with_the_selection(workplace, monkeyp
     # Neurons that were not the ones measured.
     (workplace / "measured.ablation.json").write_text(json.dumps({**ablation, "neurons_fingerprint": "another"}))
     assert "own cost" not in run("info", path)
+
+
+def test_several_selections_fit_a_terminal_of_80_columns_uncut(workplace, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    rule = "budget:neurons=10/11/12/13,floor=0.1,exclusive,layers=0-1"
+    printed = run("select", workplace / "out" / "counts.safetensors", "--rule", rule, "--output", workplace / "narrow")
+    lines = printed.splitlines()
+    for number in (10, 11, 12, 13):
+        (row,) = [line for line in lines if line.startswith(f"budget-{number}-floor0.1-exclusive-layers0-1 ")]
+        neurons = NeuronSet.load(workplace / "narrow" / f"{row.split()[0]}.safetensors")
+        sizes = sorted(neurons.per_language().values())
+        shown = [neurons.union_count(), *sizes, sizes.count(0)]
+        assert row.split()[1:] == list(map(str, shown))
+    assert max(map(len, lines)) <= 80 and "…" not in printed
+
+
+@pytest.mark.parametrize("columns", [20, 30, 44, 60])
+def test_no_terminal_is_so_narrow_that_a_figure_is_cut(workplace, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    file = workplace / "out" / "counts.safetensors"
+    counts = ActivationCounts.load(file)
+    printed = run("info", file).partition("interval")[2]
+    for language, tokens in zip(counts.languages, counts.tokens.tolist(), strict=True):
+        assert re.search(rf"│ {language} │ \w+ +│ +{tokens:,} │ unknown │", printed)
+
+
+def test_info_tells_where_a_file_comes_from_in_a_fixed_order_and_in_short(workplace):
+    file = workplace / "out" / "counts.safetensors"
+    printed = run("info", file)
+    metadata = json.loads(run("info", file, "--json"))["metadata"]
+    rows = [line.split("│")[1].strip() for line in printed.partition("ended by")[0].splitlines() if "│" in line]
+    rows = [row for row in rows if row]
+    assert rows == sorted(rows) and "seed" not in rows and "skipped files" not in rows
+    assert metadata["config_hash"][:12] in printed and metadata["config_hash"][:13] not in printed
+    assert len(metadata["config_hash"]) == 64
+    flat = "".join(printed.replace("│", "").split())
+    assert f"corpus{metadata['corpus']['spec']},lines1-20dtype" in flat
+    assert f"{metadata['speed']['tokens_per_s']:,.0f} tokens/s in" in printed
 
 
 def test_tune_evaluate_and_merge(workplace):
@@ -204,6 +247,48 @@ def test_ablate_writes_three_files_beside_the_neurons_and_a_repeated_command_not
     assert files[2].exists()
 
 
+def test_a_language_without_neurons_has_no_part_in_the_mean_of_an_ablation(capsys):
+    costs = torch.tensor([[0.25, 0.125], [0.0, 0.0]])
+    languages = ["mlt_Latn", "eng_Latn"]
+    print_ablation(matrix_of(languages, languages, costs, [3, 0]), as_json=False)
+    printed = capsys.readouterr().out
+    assert re.search(r"mean +│ +3\.0 │ +\+0\.2500 │ +\+0\.1250 │ +\+0\.1250 │", printed)
+    assert re.search(r"eng_Latn +│ +0 │ +│ +│ +│", printed)
+    assert "1 has no neurons" in " ".join(printed.split())
+
+
+def test_control_c_is_one_sentence_and_the_exit_code_of_an_interruption(workplace):
+    corpus, output = workplace / "long", workplace / "interrupted.json"
+    corpus.mkdir()
+    for language, line in TEXTS.items():
+        (corpus / f"{language}.txt").write_text("\n".join(line.format(number) for number in range(1000)))
+    command = ["ablate", "--model", workplace / "base", "--corpus", corpus, "--output", output]
+    command += ["--neurons", workplace / "out" / "neurons.safetensors", "--context-length", 32, "--batch-tokens", 32]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lape_fast", *map(str, command)], stderr=subprocess.PIPE, text=True
+    )
+    # The intact model's row is saved, and three languages' are to come.
+    while not output.with_name("interrupted.json.partial").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.endswith("Interrupted; the same command goes on from what is saved.\n")
+    assert "Traceback" not in errors and "Error" not in errors
+
+
+def test_a_run_that_was_asked_to_stop_made_no_error(monkeypatch, capsys):
+    def stop(*_):
+        raise StoppedError("The run was asked to stop.")
+
+    monkeypatch.setattr("lape_fast.information.describe_installation", stop)
+    monkeypatch.setattr(sys, "argv", ["lape-fast", "info"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert (stopped.value.code, capsys.readouterr().err) == (130, "The run was asked to stop.\n")
+
+
 def test_parts_of_a_count_merge_into_the_whole(workplace):
     command = ["count", "--model", workplace / "base", "--corpus", workplace / "texts", "--lines", "1-20"]
     for number in (1, 2):
@@ -242,7 +327,7 @@ def test_count_says_how_fast_it_was_what_it_skipped_and_how_stable_each_language
     assert "English" in printed and "halves agree" in printed and "unknown" in printed
     assert "not yet: " in printed and "mlt_Latn" in printed.partition("not yet: ")[2]
     errors = capsys.readouterr().err
-    assert "waited for text" in errors and "mlt_Latn.txt" in errors and "0xff" in errors
+    assert "of the time." in errors and "mlt_Latn.txt" in errors and "0xff" in errors
 
 
 def test_publish_lays_out_a_release_that_reads_back(workplace):
@@ -302,6 +387,7 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
         (["select", counts, "--output", workplace / "n.safetensors", "--ablation", bad_json], "holds no ablation"),
         (["select", counts, "--output", workplace / "n.safetensors", "--ablation", other], "other neurons"),
         (["select", counts, "--output", workplace / "n.safetensors", "--config", bad], "top_rte"),
+        (["select", counts, "--output", workplace / "n.safetensors", "--config", bad], "are ablation, counts, lang"),
         (["select", neurons, "--output", workplace / "n.safetensors"], "'neurons'"),
         (["convert", workplace / "x.pth", "--output", workplace / "n.safetensors"], "--languages"),
         ([*tune, "--neurons", neurons, "--language", "deu_Latn"], "deu_Latn"),

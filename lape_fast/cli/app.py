@@ -9,14 +9,29 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from lape_fast import __version__
 from lape_fast.cli import identify, publish, study, tour, tune
-from lape_fast.errors import LapeFastError
+from lape_fast.errors import LapeFastError, StoppedError
 
 # Commands import what they use: torch and transformers take seconds, and `--help` should not.
 
+# What a shell reports of a program that Ctrl-C ended.
+INTERRUPTED = 130
+
+
+class _Commands(TyperGroup):
+    def invoke(self, context: typer.Context):
+        try:
+            return super().invoke(context)
+        # Typer itself ends without a word.
+        except KeyboardInterrupt as error:
+            raise StoppedError("Interrupted; the same command goes on from what is saved.") from error
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Find the feed-forward neurons of a language in a language model, and tune only those.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -72,5 +87,7 @@ def main() -> None:
     except (LapeFastError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        Console(stderr=True, soft_wrap=True).print(f"[red]Error:[/red] {escape(str(error))}", highlight=False)
-        sys.exit(1)
+        stopped = isinstance(error, StoppedError)
+        prefix = "" if stopped else "[red]Error:[/red] "
+        Console(stderr=True, soft_wrap=True).print(f"{prefix}{escape(str(error))}", highlight=False)
+        sys.exit(INTERRUPTED if stopped else 1)

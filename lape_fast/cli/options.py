@@ -10,6 +10,9 @@ from rich.console import Console
 
 from lape_fast.errors import ConfigError
 
+# Options that say how a command is started and what it prints, not what it does.
+NOT_IN_CONFIG = {"config", "json", "help"}
+
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Makes the values of a YAML file the defaults of a command; flags still win."""
@@ -21,21 +24,22 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"The configuration {path} cannot be read ({error}); give a YAML file of options.") from error
-    known = {parameter.name: parameter for parameter in context.command.params}
+    known = {parameter.opts[0].lstrip("-"): parameter for parameter in context.command.params}
+    known = {name: parameter for name, parameter in known.items() if name not in NOT_IN_CONFIG}
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigError(f"The configuration {path} must be a mapping such as `seed: 0`.")
-    values = {name.replace("-", "_"): value for name, value in values.items()}
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(name for name in values if name.replace("_", "-") not in known)
     if unknown:
         raise ConfigError(
             f"The configuration {path} sets {', '.join(unknown)}, which `{context.info_name}` does not know; its "
             f"options are {', '.join(sorted(known))}."
         )
+    defaults = {}
     for name, value in values.items():
+        option = known[name.replace("_", "-")]
         # One value of an option that may be repeated need not be written as a list.
-        if known[name].multiple and not isinstance(value, list):
-            values[name] = [value]
-    context.default_map = {**(context.default_map or {}), **values}
+        defaults[option.name] = [value] if option.multiple and not isinstance(value, list) else value
+    context.default_map = {**(context.default_map or {}), **defaults}
     return path
 
 
@@ -68,7 +72,9 @@ ShuffleSeed = Annotated[
 UntilStable = Annotated[
     float | None,
     typer.Option(
-        "--until-stable", help="Stop a language once the neurons of its two halves agree to this Jaccard index (0.95)."
+        "--until-stable",
+        help="Stop a language once the neurons of its two halves agree to this Jaccard index, such as 0.95; off by "
+        "default.",
     ),
 ]
 SkipBadFiles = Annotated[
@@ -124,10 +130,13 @@ def split_codes(languages: str | None) -> list[str] | None:
 
 
 def note_ignored(corpus) -> None:
-    """Says on standard error which files of a folder were not read."""
-    if corpus.ignored:
-        names = ", ".join(corpus.ignored[:6]) + (" ..." if len(corpus.ignored) > 6 else "")
-        Console(stderr=True).print(f"Left out, not named by a language code: {names}", highlight=False, markup=False)
+    """Says on standard error which files of a folder were not read, and why."""
+    # A misspelt code must not go unnoticed among licences and tables.
+    misnamed = [file for file in corpus.ignored if file.endswith("is no language code)")]
+    ignored = misnamed or corpus.ignored
+    if ignored:
+        more = f" and {len(ignored) - 6} more" if len(ignored) > 6 else ""
+        note(f"Ignored: {', '.join(ignored[:6])}{more}.")
 
 
 def note(sentence: str) -> None:
@@ -143,14 +152,11 @@ def note_left_out(tokens: dict[str, int]) -> None:
 
 def note_counting(counts, finished: bool) -> None:
     """Says on standard error how fast the counting went, unless it was done already, and what was skipped."""
-    console = Console(stderr=True)
     speed = counts.metadata["speed"]
     if finished:
         note("The counts were complete already; nothing was counted.")
     elif speed["tokens_per_s"]:
-        console.print(
-            f"{speed['tokens_per_s']:,.0f} tokens/s; the model waited for text {speed['waited_share']:.1%} of it.",
-            highlight=False,
-        )
+        waited = f"the model waited for text {speed['waited_share']:.1%} of the time"
+        note(f"{speed['tokens_per_s']:,.0f} tokens/s; {waited}.")
     for skipped in counts.metadata["skipped_files"]:
-        console.print(f"Skipped: {skipped}", highlight=False, markup=False)
+        note(f"Skipped: {skipped}")

@@ -25,12 +25,12 @@ def info(
 
     facts = describe_file(file) if file else describe_installation()
     if facts.get("kind") == "neurons" and not as_json:
-        print_facts(file, facts["metadata"], as_json)
+        print_facts(file, {"metadata": facts["metadata"]}, as_json)
         print_neuron_table(facts)
     elif facts.get("kind") == "counts" and not as_json:
         # What there is of each language stands in the table.
         origin = {name: value for name, value in facts["metadata"].items() if name not in ("stability", "shards")}
-        print_facts(file, origin, as_json)
+        print_facts(file, {"metadata": origin}, as_json)
         print_counts(file, facts, as_json)
     else:
         print_facts(file or "lape_fast", facts, as_json)

@@ -89,7 +89,7 @@ def _by_layer(chosen: torch.Tensor) -> list[torch.Tensor]:
     return [layer.nonzero().squeeze(1) for layer in chosen]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class NeuronSet:
     """Which neurons belong to which language; ``neurons["mlt_Latn"][layer]`` is a sorted int64 tensor of indices.
 
@@ -264,6 +264,11 @@ class NeuronSet:
         """Writes ``neurons.safetensors``, atomically."""
         fields = {name: getattr(self, name) for name in ("languages", "layers", "neurons_per_layer")}
         write_tensors(path, "neurons", {"indices": self.indices, "offsets": self.offsets}, {**self.metadata, **fields})
+
+    def __repr__(self) -> str:
+        size = f"{len(self.languages)} languages, {self.layers} layers x {self.neurons_per_layer}"
+        name = f", {self.metadata['name']}" if self.metadata.get("name") else ""
+        return f"NeuronSet({size}, {self.union_count():,} neurons{name})"
 
     def __getitem__(self, language: str) -> list[torch.Tensor]:
         """The neurons of a language, in any spelling: one sorted int64 tensor per layer.

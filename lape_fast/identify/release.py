@@ -30,6 +30,9 @@ from lape_fast.identify.selection import MODEL_FIELDS
 KIND = "neuron-release"
 INDEX_NAME, CARD_NAME, COUNTS_NAME = "release.json", "README.md", "counts.safetensors"
 
+# Characters; file systems take 255 bytes.
+LONGEST_NAME = 100
+
 # What the index needs of a set to read it back.
 SET_FIELDS = ("name", "path", "fingerprint")
 
@@ -154,7 +157,18 @@ def _sets(paths: Sequence[Path], counts: ActivationCounts, ablations: Sequence[P
 
 def _set_name(path: Path, neurons: NeuronSet) -> str:
     """The name of the rule that selected the set, or of its file where no rule is known; it names a folder, too."""
-    return re.sub(r"[^A-Za-z0-9._=-]+", "-", str(neurons.metadata.get("name", path.stem))).lstrip(".")
+    names = (
+        re.sub(r"[^A-Za-z0-9._=-]+", "-", str(name)).strip(".-")
+        for name in (neurons.metadata.get("name") or "", path.stem)
+    )
+    name = next(filter(None, names), None)
+    if name is None or len(name) > LONGEST_NAME:
+        length = "no letter and no digit" if name is None else f"{len(name)} characters"
+        raise ConfigError(
+            f"The name of the neurons in {path} has {length}, and it is to name a folder; give them one of 1 to "
+            f"{LONGEST_NAME} characters, letters or digits, as metadata['name']."
+        )
+    return name
 
 
 def _entry(each: _Set) -> dict[str, Any]:
@@ -215,13 +229,15 @@ def _check_model(path: Path, metadata: dict[str, Any], counts: ActivationCounts)
 
 def _fetcher(source: str | os.PathLike, revision: str | None) -> Callable[[str], Path]:
     """What turns the name of a file of a release into its path here; from the hub only if there is no such folder."""
-    folder = Path(source)
+    folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         if revision is not None:
             raise ConfigError(f"{folder} is a folder and has no revision {revision!r}; leave the revision out.")
         if not (folder / INDEX_NAME).is_file():
             raise FileFormatError(f"The folder {folder} holds no {INDEX_NAME}, so it is no neuron release.")
         return folder.joinpath
+    if folder.exists() or folder.is_absolute() or os.fspath(source).startswith((".", "~")):
+        raise ConfigError(f"There is no folder {source}; name the folder of a release, or its hub id as OWNER/NAME.")
 
     def download(name: str) -> Path:
         from huggingface_hub import hf_hub_download

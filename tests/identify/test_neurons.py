@@ -296,3 +296,10 @@ def test_random_neurons_need_enough_others():
         random_like(most, "mlt_Latn", seed=0)
     half = NeuronSet.from_lists({"mlt_Latn": [[0, 1, 2]]}, 6)
     assert random_like(half, "mlt_Latn", seed=0)["mlt_Latn"][0].tolist() == [3, 4, 5]
+
+
+def test_a_set_shows_itself_in_one_line():
+    neurons = NeuronSet.from_lists({"mlt_Latn": [[0, 5], [3]], "cym_Latn": [[5], []]}, 2000, {"name": "lape-top0.05"})
+    assert repr(neurons) == "NeuronSet(2 languages, 2 layers x 2000, 3 neurons, lape-top0.05)"
+    neurons.metadata.clear()
+    assert repr(neurons) == "NeuronSet(2 languages, 2 layers x 2000, 3 neurons)"

@@ -215,6 +215,15 @@ def one_name_twice(workplace):
     workplace.sets["lape-20"].save(workplace.neurons[2])
 
 
+def long_name(workplace):
+    select(counts_of(), 0.2, "n" * 101).save(workplace.neurons[1])
+
+
+def no_name_at_all(workplace):
+    workplace.neurons[1] = workplace.neurons[1].rename(workplace.folder / "-.safetensors")
+    select(counts_of(), 0.2, "").save(workplace.neurons[1])
+
+
 def foreign_ablation(workplace):
     workplace.neurons.pop(0)
 
@@ -245,6 +254,8 @@ REFUSED = {
     no_origin: (ConfigError, "without saying from which counts"),
     foreign_language: (ConfigError, "swh_Latn"),
     one_name_twice: (ConfigError, "both called 'lape-20'"),
+    long_name: (ConfigError, "lape-20.safetensors has 101 characters.* 1 to 100"),
+    no_name_at_all: (ConfigError, "-.safetensors has no letter and no digit"),
     foreign_ablation: (ConfigError, "lape-5.ablation.json is the ablation of none"),
     ablation_of_another_model: (ArchitectureError, "owner/other"),
     no_ablation: (FileFormatError, "holds no ablation"),
@@ -333,7 +344,22 @@ def test_a_hub_id_is_fetched_file_by_file(workplace, hub):
     ]
 
 
-@pytest.mark.parametrize("source", ["owner/nothing", "/no/such/folder"])
-def test_what_the_hub_has_not_is_one_sentence(hub, source):
-    with pytest.raises(ConfigError, match=f"no folder {source}.*check the name"):
+def test_what_the_hub_has_not_is_one_sentence(hub):
+    with pytest.raises(ConfigError, match="no folder owner/nothing.*check the name"):
+        NeuronSet.from_pretrained("owner/nothing", rule="lape-5")
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./nothing", "../nothing", "~/no-such-folder", __file__])
+def test_the_hub_is_not_asked_for_what_can_only_be_a_folder(hub, source):
+    with pytest.raises(ConfigError, match=f"no folder {re.escape(source)}; name the folder"):
         NeuronSet.from_pretrained(source, rule="lape-5")
+    assert not hub
+
+
+@pytest.mark.parametrize("name", ["", "..", None, "///"])
+def test_a_set_whose_name_names_no_folder_is_called_after_its_file(workplace, name):
+    select(counts_of(), 0.2, name).save(workplace.neurons[1])
+    index = workplace.publish()
+    assert [entry["path"] for entry in index["sets"]] == [
+        f"neurons/{stem}/neurons.safetensors" for stem in ("lape-5", "lape-20")
+    ]
