@@ -1,7 +1,7 @@
 """The rules by which neurons are selected: what each one asks of a neuron, its settings, its name and its text form.
 
 Which one to prefer, measured by ablation in docs/identify.md: ``Budget`` where languages are compared or few neurons
-are taken from each, ``Lape`` to reproduce published results, ``Percentile`` as a control: it takes what others need, too.
+are taken from each, ``Lape`` to reproduce published results, ``Percentile`` as a control: it takes what others need.
 """
 
 from __future__ import annotations
