@@ -96,11 +96,10 @@ def measure_memory(options: Namespace, tokenizer, plan: CountingSettings, folder
     peaks: dict[str, Any] = {"model": SMALL}
     for times in (1, 10):
         corpus = write_text(folder / f"{times}x", times * options.documents)
-        if times == 1:
-            batches = batches_of(model, tokenizer, corpus, plan)
-            with LiveBytes() as live:
-                run_batches(functools.partial(run_body, model), batches)
-            peaks["stock_body"] = live.peak
+        batches = batches_of(model, tokenizer, corpus, plan)
+        with LiveBytes() as live:
+            run_batches(functools.partial(run_body, model), batches)
+        peaks[f"stock_body_{times}x"] = live.peak
         with LiveBytes() as live:
             counts = count_activations(model, tokenizer, corpus, plan, workers=0)
         peaks[f"ours_{times}x"] = live.peak

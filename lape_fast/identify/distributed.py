@@ -91,7 +91,8 @@ def joined_world() -> Iterator[World]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     # Objects travel by gloo, tensors by what belongs to their device.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device else "gloo", timeout=PATIENCE)
+    with _others_there():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device else "gloo", timeout=PATIENCE)
     try:
         yield World(dist.get_rank(), size, device or "cpu")
     finally:

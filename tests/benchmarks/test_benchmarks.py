@@ -241,10 +241,12 @@ def test_identify_rows(identify_rows):
 def test_counting_needs_the_counts_and_one_activation_however_long_the_text_is(identify_rows):
     memory = identify_rows["ours"]["settings"]["memory_bytes"]
     assert memory["tokens_10x"] > 8 * memory["tokens_1x"]
-    added = [memory[f"ours_{times}x"] - memory["stock_body"] for times in (1, 10)]
-    # The longer text packs its batches a little fuller.
-    assert added[1] <= added[0] + 0.05 * memory["stock_body"]
-    assert max(added) <= memory["counts"] + memory["one_activation"]
+    for times in (1, 10):
+        added = memory[f"ours_{times}x"] - memory[f"stock_body_{times}x"]
+        assert 0 < added <= memory["counts"] + memory["one_activation"]
+    # The stock model's peak grows with its fullest batch, which ours must not exceed by more on a longer text.
+    grown = memory["ours_10x"] - memory["ours_1x"], memory["stock_body_10x"] - memory["stock_body_1x"]
+    assert grown[0] <= grown[1] + memory["one_activation"]
 
 
 def test_languages_rows(tmp_path):
