@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--corpus", required=True, help="folder of text, one file a language")
-    parser.add_argument("--tokens", type=int, default=100_000, help="the budget of each language")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=(0.8, 0.9, 0.95), metavar="JACCARD")
+    parser.add_argument("--tokens", type=int, default=40_000, help="the budget of each language")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=(0.9, 0.95), metavar="JACCARD")
     # A language's share of a small model by LAPE is a handful of neurons, of which no interval is narrow.
     parser.add_argument("--rule", default="budget:neurons=150", help="how neurons are selected")
     parser.add_argument("--context-length", type=int, default=256)
