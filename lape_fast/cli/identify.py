@@ -107,7 +107,8 @@ def identify(
         )
     if world.is_main:
         note_counting(counts, finished)
-        note_left_out(counts.with_tokens(min_tokens)[1])
+        tokens = counts.summary()["tokens"]
+        note_left_out({code: total for code, total in tokens.items() if code not in neurons.languages})
         print_neurons(neurons, as_json, counts.metadata["stability"])
         note(f"Wrote {output / 'counts.safetensors'} and {output / 'neurons.safetensors'}.")
 

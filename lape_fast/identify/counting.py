@@ -327,7 +327,8 @@ class _Run:
         target = self.settings.target(self.settings.tokens_per_language or math.inf)
         if self.settings.parts > 1:
             # Rules compare languages, and a part has only some.
-            measured = {code: {**UNKNOWN, "tokens": int(counts.restrict([code]).tokens)} for code in counts.languages}
+            tokens = zip(counts.languages, counts.tokens.tolist(), strict=True)
+            measured = {code: {**UNKNOWN, "tokens": total} for code, total in tokens}
         else:
             measured = measure_stability(counts, self.settings.selection_rule())
         for language, values in measured.items():
