@@ -34,7 +34,8 @@ from lape_fast.errors import ConfigError
 from lape_fast.identify.neurons import NeuronSet
 from lape_fast.models import FFN, decoder, find_ffns
 from lape_fast.progress import progress_bar
-from lape_fast.tune.subnetwork import Policy, attach_subnetwork
+from lape_fast.tune.subnetwork import attach_subnetwork
+from lape_fast.tune.subnetwork_ffn import Policy
 
 # The drawn subnetwork: its share of all neurons, and which parts of it lie in the last quarter of the layers and in
 # the first one, about as in the published neurons.

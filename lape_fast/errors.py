@@ -41,6 +41,10 @@ class FileExistsAlreadyError(LapeFastError, FileExistsError):
     """An output would overwrite something that another run wrote."""
 
 
+class AdapterError(LapeFastError, ValueError):
+    """An adapter cannot be used as it was asked for: several at once, written into a quantised base, damaged values."""
+
+
 class SelectionError(LapeFastError, ValueError):
     """Neurons cannot be selected from these counts with these thresholds."""
 

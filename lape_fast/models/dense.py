@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lape_fast.errors import ArchitectureError
 from lape_fast.models.layouts import WEIGHT_DTYPES, DenseLayout
@@ -22,6 +23,8 @@ class FFN:
         experts: 1, as in a mixture of experts it is more.
         neurons: F.
         hidden_size: D.
+        norm: the norm whose output is the block's input and nothing else's, where the table names it; else None.
+        decoder_layer: the layer of the decoder that the block is in.
         projections: the original projection modules by name: "gate", "up" and "down"; "gate_up" and "down" where
             they are fused; "gate" and "down" without a gate. A module that replaces the FFN owns them by
             ``self.projections = nn.ModuleDict(ffn.projections)``, so that ``parameters()`` and ``to()`` find them.
@@ -34,7 +37,7 @@ class FFN:
         self.activation = activation
         self.gated = layout.up is not None
         self._layout = layout
-        self._parent = layer
+        self.decoder_layer = layer
         self._gate = self._projection(layout.gate)
         self._up = self._projection(layout.up) if self.gated else None
         self._down = self._projection(layout.down)
@@ -44,8 +47,24 @@ class FFN:
         else:
             named = {"gate": self._gate, "up": self._up, "down": self._down}
             self.projections = {name: module for name, module in named.items() if module is not None}
+        self.norm = layer.get_submodule(layout.ffn_norm) if layout.ffn_norm else None
         self._originals = {path: layer.get_submodule(path) for path in (layout.replaced, *layout.identities)}
         self._installed: dict[str, nn.Module] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self._gate.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self._gate.weight.device
+
+    @property
+    def writable(self) -> bool:
+        """Whether rows of the weights can be written in place: not where each process holds a share of them."""
+        return not isinstance(self._gate.weight, DTensor)
 
     @property
     def gate_weight(self) -> torch.Tensor:
@@ -103,22 +122,26 @@ class FFN:
         """Writes what ``outgoing`` reads."""
         self.down_weight.data.t()[neurons] = values
 
-    def replace(self, module: nn.Module) -> None:
+    def replace(self, module: nn.Module, *, with_norm: bool = False) -> None:
         """Puts ``module`` where this FFN is computed, until ``restore``.
 
         Args:
             module: maps the FFN's input [..., D] to its output [..., D]; OPT flattens the leading dimensions to one.
+            with_norm: also take the norm out, so that the module is given what the norm would be given.
 
         Raises:
             ArchitectureError: the FFN is replaced already, by this object or by something else.
         """
-        for path, original in self._originals.items():
-            if self._parent.get_submodule(path) is not original:
+        originals = dict(self._originals)
+        if with_norm and self.norm is not None:
+            originals[self._layout.ffn_norm] = self.norm
+        for path, original in originals.items():
+            if self.decoder_layer.get_submodule(path) is not original:
                 raise ArchitectureError(
                     f"The FFN of layer {self.layer} is already replaced: {path} now holds "
-                    f"{type(self._parent.get_submodule(path)).__name__}; restore it first."
+                    f"{type(self.decoder_layer.get_submodule(path)).__name__}; restore it first."
                 )
-        installed = {self._layout.replaced: module} | {path: nn.Identity() for path in self._layout.identities}
+        installed = {path: nn.Identity() for path in originals} | {self._layout.replaced: module}
         self._put(installed)
         self._installed = installed
 
@@ -131,18 +154,20 @@ class FFN:
         if self._installed is None:
             return
         for path, module in self._installed.items():
-            if self._parent.get_submodule(path) is not module:
+            found = self.decoder_layer.get_submodule(path)
+            if found is not module:
                 raise ArchitectureError(
-                    f"The FFN of layer {self.layer} cannot be restored: {path} now holds "
-                    f"{type(self._parent.get_submodule(path)).__name__}, put there by something else; undo that first."
+                    f"The FFN of layer {self.layer} cannot be restored: {path} now holds {type(found).__name__}, put "
+                    "there by something else; undo that first."
                 )
-        self._put(self._originals)
+        norm = {self._layout.ffn_norm: self.norm} if self._layout.ffn_norm in self._installed else {}
+        self._put(self._originals | norm)
         self._installed = None
 
     def _put(self, modules: dict[str, nn.Module]) -> None:
         for path, module in modules.items():
             parent, _, name = path.rpartition(".")
-            setattr(self._parent.get_submodule(parent), name, module)
+            setattr(self.decoder_layer.get_submodule(parent), name, module)
 
     def _oriented(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.t() if self._layout.transposed else weight
@@ -157,7 +182,7 @@ class FFN:
         from transformers.pytorch_utils import Conv1D
 
         try:
-            projection = self._parent.get_submodule(path)
+            projection = self.decoder_layer.get_submodule(path)
         except AttributeError as error:
             raise ArchitectureError(
                 f"Layer {self.layer} has no {path}, so its FFN has been replaced or its code differs from the one the "

@@ -21,9 +21,11 @@ _KINDS = {DenseLayout: FFN, ExpertLayout: ExpertFFN}
 def find_ffns(model: nn.Module) -> list[FFN] | list[ExpertFFN]:
     """The FFN of every layer, in order: all dense or all mixtures of experts.
 
+    An FFN that a module with an attribute ``ffn`` computes is found through that attribute.
+
     Raises:
-        ArchitectureError: unknown architecture or activation, projections that are quantised, wrapped or already
-            replaced, a config whose code goes around the projections, or dense layers in a mixture of experts.
+        ArchitectureError: unknown architecture or activation, projections that are quantised, wrapped or replaced by
+            something else, a config whose code goes around the projections, or dense layers in a mixture of experts.
 
     Example:
         >>> find_ffns(model)[0].gate_weight.shape  # [F, D]
@@ -36,7 +38,8 @@ def find_ffns(model: nn.Module) -> list[FFN] | list[ExpertFFN]:
                 f"around its projection modules; load it with {field} set to false."
             )
     kind, activation = _KINDS[type(layout)], _activation(layout, base.config)
-    return [kind(number, layer, layout, activation) for number, layer in enumerate(base.get_submodule(layout.layers))]
+    layers = enumerate(base.get_submodule(layout.layers))
+    return [_installed(layer, layout) or kind(number, layer, layout, activation) for number, layer in layers]
 
 
 def dense_ffns(model: nn.Module) -> list[FFN]:
@@ -90,6 +93,13 @@ def replaced(ffns: Sequence[FFN] | Sequence[ExpertFFN], modules: Sequence[nn.Mod
             ffn.replace(module)
             installed.callback(ffn.restore)
         yield
+
+
+def _installed(layer: nn.Module, layout: Layout) -> FFN | None:
+    """The FFN of a layer whose replacement knows it."""
+    if not isinstance(layout, DenseLayout):
+        return None
+    return getattr(layer.get_submodule(layout.replaced), "ffn", None)
 
 
 def _activation(layout: Layout, config) -> str:

@@ -51,6 +51,7 @@ class DenseLayout(Layout):
         identities: paths within a layer to what ``FFN.replace`` turns into ``nn.Identity``, because ``replaced``
             covers the input projection only.
         transposed: whether the projections are GPT-2's Conv1D, which stores [inputs, outputs].
+        ffn_norm: path within a layer to the norm whose output goes into the FFN and nowhere else, or None.
     """
 
     replaced: str = "mlp"
@@ -59,6 +60,7 @@ class DenseLayout(Layout):
     down: str = "mlp.down_proj"
     identities: tuple[str, ...] = ()
     transposed: bool = False
+    ffn_norm: str | None = "post_attention_layernorm"
 
     @property
     def fused(self) -> bool:
@@ -88,12 +90,15 @@ LAYOUTS = {
     "mistral": DenseLayout(),
     "qwen2": DenseLayout(),
     "qwen3": DenseLayout(),
-    "olmo2": DenseLayout(),
-    "cohere": DenseLayout(),
-    "cohere2": DenseLayout(),
-    "gemma2": DenseLayout(activation_field="hidden_activation"),
-    "gemma3_text": DenseLayout(activation_field="hidden_activation"),
-    "gemma3": DenseLayout(decoder="language_model", activation_field="hidden_activation"),
+    "olmo2": DenseLayout(ffn_norm=None),
+    # One norm feeds the attention and the FFN.
+    "cohere": DenseLayout(ffn_norm=None),
+    "cohere2": DenseLayout(ffn_norm=None),
+    "gemma2": DenseLayout(activation_field="hidden_activation", ffn_norm="pre_feedforward_layernorm"),
+    "gemma3_text": DenseLayout(activation_field="hidden_activation", ffn_norm="pre_feedforward_layernorm"),
+    "gemma3": DenseLayout(
+        decoder="language_model", activation_field="hidden_activation", ffn_norm="pre_feedforward_layernorm"
+    ),
     "phi3": DenseLayout(gate="mlp.gate_up_proj", up="mlp.gate_up_proj"),
     # The dropout behind c_proj belongs to the residual stream: only what lies before it is replaced.
     "gpt2": DenseLayout(
@@ -106,6 +111,7 @@ LAYOUTS = {
         identities=("mlp.act", "mlp.c_proj"),
         activation_field="activation_function",
         transposed=True,
+        ffn_norm="ln_2",
     ),
     "gpt_neox": DenseLayout(
         norm="final_layer_norm",
@@ -126,6 +132,8 @@ LAYOUTS = {
         identities=("activation_fn", "fc2"),
         activation_field="activation_function",
         packing=False,
+        # Some sizes of OPT apply it behind the FFN.
+        ffn_norm=None,
     ),
     # BLOOM's positions are distances between columns (ALiBi). With slow_but_exact it multiplies by slices of the
     # output projection's weight, around the module and without its bias.
@@ -141,6 +149,8 @@ LAYOUTS = {
         must_be_off=("slow_but_exact",),
         packing=False,
         position_ids=False,
+        # Its output may also be the residual.
+        ffn_norm=None,
     ),
     "mixtral": ExpertLayout(),
     "qwen3_moe": ExpertLayout(),

@@ -2,7 +2,8 @@
 
 from lape_fast.tune.adapter import load_adapter, read_adapter_config, write_adapter_files
 from lape_fast.tune.base_model import BaseSize, train_base_model
-from lape_fast.tune.subnetwork import Policy, Subnetwork, SubnetworkFFN, attach_subnetwork
+from lape_fast.tune.subnetwork import Subnetwork, attach_subnetwork
+from lape_fast.tune.subnetwork_ffn import Policy, Storage, SubnetworkFFN
 from lape_fast.tune.training import TrainingSettings
 from lape_fast.tune.tuning import Method, SubnetworkConfig, tune_language
 
@@ -10,6 +11,7 @@ __all__ = [
     "BaseSize",
     "Method",
     "Policy",
+    "Storage",
     "Subnetwork",
     "SubnetworkConfig",
     "SubnetworkFFN",

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lape_fast.errors import ArchitectureError, FileFormatError
 from lape_fast.files import read_json, read_tensors, write_json, write_tensors
 from lape_fast.models import model_identity
-from lape_fast.tune.subnetwork import Policy, Subnetwork, attach_subnetwork
+from lape_fast.tune.subnetwork import Subnetwork, attach_subnetwork
+from lape_fast.tune.subnetwork_ffn import Policy
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 

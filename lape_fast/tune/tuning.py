@@ -16,7 +16,8 @@ from lape_fast.identify import NeuronSet, random_like
 from lape_fast.models import model_identity
 from lape_fast.text import Corpus, canonical
 from lape_fast.tune.adapter import write_adapter_files
-from lape_fast.tune.subnetwork import Policy, Subnetwork, attach_subnetwork
+from lape_fast.tune.subnetwork import Subnetwork, attach_subnetwork
+from lape_fast.tune.subnetwork_ffn import Policy
 from lape_fast.tune.training import TrainingSettings, pack_documents, train
 
 # `subnetwork` tunes the language's own neurons; `random` is the control: as many neurons, drawn from all the others.

@@ -1,0 +1,250 @@
+"""The subnetwork FFN: a feed-forward block in which k of its F neurons are trained.
+
+A neuron's weights are its row of the gate projection, its row of the up projection and its column of the down
+projection. The small parameters are masters in fp32. Where the values that the block computes with live:
+
+    resident   the base weight itself holds them: the forward pass costs nothing extra and there is nothing to merge.
+               The k original values are kept, so switching to another language or to none is a copy of k rows.
+    overlay    the base is never written, because it is quantised or sharded: the k columns of gate and up are computed
+               from the trained rows over the base's, and the k neurons reach the output through the trained columns.
+
+A block can hold the values of several languages, by name, and computes with those of one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from lape_fast.errors import AdapterError, ConfigError, TrainingError
+from lape_fast.models import FFN
+from lape_fast.ops import slot_map
+from lape_fast.tune import subnetwork_function
+
+# What is kept for backward: `save` the block's input, gate and up; `recompute` its input alone, and the two projections
+# are computed a second time; `checkpoint` the input of the whole decoder layer alone, which is computed a second time;
+# `auto` the fastest of these that fits into the free memory, decided at the first training step.
+Policy = Literal["save", "recompute", "checkpoint", "auto"]
+Storage = Literal["auto", "resident", "overlay"]
+
+# The names of the trained parameters, [K, D] each; a column of the down projection is a row of its transpose.
+PARTS = ("trained_gate_rows", "trained_up_rows", "trained_down_columns")
+
+# Every subnetwork FFN there is, for the hook that follows an optimizer's step.
+ATTACHED: weakref.WeakSet[SubnetworkFFN] = weakref.WeakSet()
+
+
+class Selection(nn.Module):
+    """Which neurons of a block one language trains, and the values that the base has there.
+
+    Attributes:
+        neurons: int64 ``[K]``, sorted.
+        slots: int32 ``[F]``, see ``slot_map``.
+        original_*: ``[K, D]`` per part in the base's dtype, in resident storage; without effect on a state dict.
+    """
+
+    def __init__(self, neurons: Tensor, width: int, originals: dict[str, Tensor]):
+        super().__init__()
+        self.register_buffer("neurons", neurons, persistent=False)
+        self.register_buffer("slots", slot_map(neurons, width), persistent=False)
+        for part, values in originals.items():
+            self.register_buffer(f"original_{part}", values, persistent=False)
+
+
+class SubnetworkFFN(nn.Module):
+    """One feed-forward block with k trained neurons per language (where k is 0 it only passes gradients through).
+
+    Where the layout names the norm in front of the block, the block absorbs it: it then keeps the residual stream for
+    its backward pass instead of the normed copy, and computes the norm a second time.
+
+    Args:
+        ffn: the block, in its model.
+        policy: what is kept for backward.
+        storage: where the trained values live; ``auto`` is overlay for a quantised or sharded base, else resident.
+    """
+
+    def __init__(self, ffn: FFN, policy: Policy, storage: Storage):
+        super().__init__()
+        self.ffn = ffn
+        # The original modules stay submodules, so that .to(), .train() and state dicts still reach the base weights.
+        self.base_layer = nn.Module()
+        for name, module in ffn.projections.items():
+            self.base_layer.add_module(name, module)
+        if ffn.norm is not None:
+            self.base_layer.add_module("norm", ffn.norm)
+        self.selections = nn.ModuleDict()
+        for part in self.parts:
+            setattr(self, part, nn.ParameterDict())
+        self.overlay = storage == "overlay" or (storage == "auto" and not ffn.writable)
+        # Whose values the block computes with, and how often the base was written.
+        self.held: str | None = None
+        self.writes = 0
+        self.policy: Policy = "save"
+        self.set_policy(policy)
+        self.register_load_state_dict_post_hook(_write_after_loading)
+        ATTACHED.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A deep copy is made without __init__, and its optimizer must find it too.
+        super().__setstate__(state)
+        ATTACHED.add(self)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the trained parameters; an ungated FFN has no up rows."""
+        return PARTS if self.ffn.gated else (PARTS[0], PARTS[2])
+
+    def extra_repr(self) -> str:
+        sizes = ", ".join(f"{name}: {len(chosen.neurons)}" for name, chosen in self.selections.items())
+        storage = "overlay" if self.overlay else "resident"
+        return f"layer={self.ffn.layer}, {sizes} of {self.ffn.neurons} neurons, {self.policy}, {storage}"
+
+    def add(self, name: str, neurons: Tensor) -> None:
+        """Adds a language's neurons; their masters start as the values of the base.
+
+        Args:
+            name: a new one.
+            neurons: int64 ``[K]``, sorted and unique.
+        """
+        # Another language's values may stand in the rows that are to be kept.
+        with self.holding(None):
+            neurons = neurons.to(device=self.ffn.device, dtype=torch.int64)
+            values = {part: self._read(part, neurons) for part in self.parts} if len(neurons) else {}
+        self.selections[name] = Selection(neurons, self.ffn.neurons, {} if self.overlay else values)
+        for part, rows in values.items():
+            # A copy even where the dtype is the same: the original must not move with the master.
+            getattr(self, part)[name] = nn.Parameter(rows.to(master_dtype(rows.dtype), copy=True))
+
+    def remove(self, name: str) -> None:
+        """Forgets a language that is not held."""
+        del self.selections[name]
+        for part in self.parts:
+            if name in getattr(self, part):
+                del getattr(self, part)[name]
+
+    def hold(self, name: str | None) -> None:
+        """Computes with the values of ``name`` from now on, or with the base's own: a copy of k rows, or none."""
+        if self.held is not None:
+            self._write(self.held, self.originals())
+        self.held = name
+        self.synchronize()
+
+    @contextlib.contextmanager
+    def holding(self, name: str | None):
+        """``hold`` for the length of a ``with`` block."""
+        before = self.held
+        self.hold(name)
+        try:
+            yield
+        finally:
+            self.hold(before)
+
+    def synchronize(self) -> None:
+        """Rounds the held masters into the base weight; every torch optimizer's step does this by itself."""
+        if self.held is not None:
+            self._write(self.held, self.masters())
+
+    def masters(self, name: str | None = None) -> dict[str, nn.Parameter]:
+        """The ``[K, D]`` trained values of ``name`` (of the held language); none where it has no neurons here."""
+        name = name or self.held
+        return {part: getattr(self, part)[name] for part in self.parts if name in getattr(self, part)}
+
+    def trained(self) -> list[nn.Parameter | None]:
+        """Gate rows, up rows and down columns of the held language; None where there are none."""
+        held = self.masters() if self.held is not None else {}
+        return [held.get(part) for part in PARTS]
+
+    def originals(self, name: str | None = None) -> dict[str, Tensor]:
+        """The ``[K, D]`` values of the base at the neurons of ``name`` (of the held language), in its dtype."""
+        chosen = self.selections[name or self.held]
+        if not len(chosen.neurons):
+            return {}
+        if self.overlay:
+            return {part: self._read(part, chosen.neurons) for part in self.parts}
+        return {part: getattr(chosen, f"original_{part}") for part in self.parts}
+
+    def neurons(self, name: str | None = None) -> Tensor:
+        """The neurons of ``name`` (of the held language), int64 ``[K]``."""
+        return self.selections[name or self.held].neurons
+
+    def weight(self, part: str) -> Tensor:
+        """The base weight that a part belongs to, as ``[F, D]``; dequantised where it is quantised."""
+        weights = dict(zip(PARTS, ("gate_weight", "up_weight", "down_weight"), strict=True))
+        weight = getattr(self.ffn, weights[part])
+        return weight.T if part == PARTS[2] else weight
+
+    def note_write(self) -> None:
+        """Counts a change of the base, so that a graph from before it is noticed."""
+        self.writes += 1
+
+    def set_policy(self, policy: Policy) -> None:
+        """Chooses what is kept for backward, for this block and (``checkpoint``) its decoder layer.
+
+        Raises:
+            ConfigError: the policy is unknown.
+        """
+        if policy not in get_args(Policy):
+            raise ConfigError(f"The policy {policy!r} is unknown; choose one of {', '.join(get_args(Policy))}.")
+        layer, was = self.ffn.decoder_layer, self.policy
+        self.policy = policy
+        if policy == "checkpoint":
+            # transformers' own switch, of this one layer.
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        elif was == "checkpoint":
+            layer.gradient_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
+        return subnetwork_function.compute(self, x)
+
+    @torch.no_grad()
+    def _write(self, name: str, values: dict[str, Tensor]) -> None:
+        """Writes ``[K, D]`` values into the base weight's rows and columns, rounded to its dtype."""
+        neurons = self.selections[name].neurons
+        for part, rows in {} if self.overlay else values.items():
+            weight = self.weight(part)
+            if isinstance(weight, DTensor):
+                raise TrainingError(
+                    f"The weights of layer {self.ffn.layer} were sharded after a subnetwork was attached to them, so "
+                    "its values cannot be written into them; attach it with storage='overlay'."
+                )
+            # .data: the base is frozen, and a graph that must not see this write is caught by counting writes.
+            weight.data.index_copy_(0, neurons, rows.detach().to(weight.dtype))
+        self.note_write()
+
+    @torch.no_grad()
+    def _read(self, part: str, neurons: Tensor) -> Tensor:
+        weight = self.weight(part)
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        return weight.detach()[neurons].clone()
+
+
+def master_dtype(base: torch.dtype) -> torch.dtype:
+    """fp32, in which small updates are not rounded away; fp64 for an fp64 base."""
+    return torch.float64 if base == torch.float64 else torch.float32
+
+
+def check_one(names: str | list[str]) -> str | None:
+    """The one language of a list that may hold one or none.
+
+    Raises:
+        AdapterError: it holds several.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if len(names) > 1:
+        raise AdapterError(
+            f"A subnetwork FFN computes with the values of one language at a time, but {', '.join(names)} were asked "
+            "for; combine them into one adapter with add_weighted_adapter."
+        )
+    return names[0] if names else None
+
+
+def _write_after_loading(layer: SubnetworkFFN, incompatible_keys: Any) -> None:
+    layer.synchronize()
