@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from lape_fast.errors import AdapterError, TrainingError
 from lape_fast.models import check_neurons, dense_ffns, model_identity
+from lape_fast.tune.norms import restore_norms, slim_norms
 from lape_fast.tune.subnetwork_ffn import ATTACHED, Policy, Storage, SubnetworkFFN
 
 DEFAULT_NAME = "default"
@@ -145,6 +146,7 @@ def install(
         if ffn.layer not in installed:
             layer = installed[ffn.layer] = kind(ffn, policy, storage)
             ffn.replace(layer, with_norm=True)
+            slim_norms(ffn.decoder_layer)
             for other in earlier:
                 layer.add(other, torch.empty(0, dtype=torch.int64))
     for number, layer in installed.items():
@@ -169,6 +171,7 @@ def uninstall(layer: SubnetworkFFN, keep: str | None) -> None:
     layer.held = None
     layer.set_policy("save")
     layer.ffn.restore()
+    restore_norms(layer.ffn.decoder_layer)
 
 
 def check_mergeable(layers: Sequence[SubnetworkFFN]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lape_fast.errors import TrainingError
 from lape_fast.ops import gated_activation, gated_activation_backward
+from lape_fast.tune.norms import normalise
 
 if TYPE_CHECKING:
     from lape_fast.tune.subnetwork_ffn import SubnetworkFFN
@@ -29,7 +30,9 @@ def compute(layer: SubnetworkFFN, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
     masters = layer.trained()
     trained = any(master is not None and master.requires_grad for master in masters)
     if not torch.is_grad_enabled() or not (trained or x.requires_grad):
-        return _output(layer, _hidden(layer, *_projections(layer, _normed(layer, x))))
+        # Without a graph to record, the norm's own code, so that a model is evaluated as it was loaded.
+        normed = x if layer.ffn.norm is None else layer.ffn.norm(x)
+        return _output(layer, _hidden(layer, *_projections(layer, normed)))
     if any(parameter.requires_grad for parameter in layer.base_layer.parameters()):
         raise TrainingError(
             f"A base weight of the FFN of layer {layer.ffn.layer} requires a gradient, but a subnetwork FFN forms none "
@@ -171,7 +174,7 @@ def _rounded(layer: SubnetworkFFN, part: int, dtype: torch.dtype) -> Tensor:  # 
 
 
 def _normed(layer: SubnetworkFFN, x: Tensor) -> Tensor:
-    return x if layer.ffn.norm is None else layer.ffn.norm(x)
+    return x if layer.ffn.norm is None else normalise(layer.ffn.norm, x)
 
 
 def _projections(layer: SubnetworkFFN, normed: Tensor) -> tuple[Tensor, Tensor | None]:
