@@ -5,7 +5,7 @@
     model, tokenizer = lape_fast.load_model("meta-llama/Llama-3.1-8B")
     counts = lape_fast.count_activations(model, tokenizer, lape_fast.open_corpus("texts/"))
     neurons = lape_fast.select_neurons(counts)
-    config = lape_fast.SubnetworkConfig(neurons, language="mlt_Latn")
+    config = lape_fast.SubnetworkConfig(neurons=neurons, language="mlt_Latn")
     lape_fast.tune_language(model, tokenizer, lape_fast.open_corpus("texts/"), config, "adapters/mlt_Latn")
 
 Names are imported when they are first used, so that importing the package is quick and touches no device.

@@ -180,9 +180,9 @@ def _tuned(folder: Path, neurons: NeuronSet, language: str, method: str) -> dict
         model, tokenizer = load_model(folder.parent / "base", device="cpu")
         corpus = open_corpus("cldr", lines=TRAIN_LINES, languages=[language])
         validation = open_corpus("cldr", lines=VALIDATION_LINES, languages=[language])
-        config = SubnetworkConfig(neurons, language, method)
+        config = SubnetworkConfig(neurons=neurons, language=language, method=method)
         tune_language(model, tokenizer, corpus, config, folder, TUNE_SETTINGS, validation)
-    return {**read_json(folder / "training.json"), **read_json(folder / "adapter_config.json")}
+    return read_json(folder / "training.json")
 
 
 def _bits(scores) -> dict[str, float]:

@@ -132,8 +132,17 @@ def read_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Te
         raise FileFormatError(
             f"{path} holds {metadata.get('kind')!r} where a file of {kind!r} is needed; check which file was named."
         )
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    return read_safetensors(path), metadata
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Reads the tensors of any safetensors file, whoever wrote it.
+
+    Raises:
+        FileFormatError: missing, or not a complete safetensors file.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -142,13 +151,8 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         FileFormatError: missing, not a safetensors file, not written by lape_fast, or of a newer schema.
     """
-    if not Path(path).is_file():
-        raise FileFormatError(f"{path} does not exist or is not a file; check the path.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            raw = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"{path} is not a complete safetensors file ({error}); write it again.") from error
+    with _opened(path) as file:
+        raw = file.metadata() or {}
     raw.pop("format", None)
     try:
         metadata = {name: json.loads(value) for name, value in raw.items()}
@@ -162,6 +166,17 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
             f"{path} has schema version {version}, but this lape_fast reads up to {SCHEMA_VERSION}; upgrade lape_fast."
         )
     return metadata
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
+    if not Path(path).is_file():
+        raise FileFormatError(f"{path} does not exist or is not a file; check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise FileFormatError(f"{path} is not a complete safetensors file ({error}); write it again.") from error
 
 
 def file_hash(path: str | os.PathLike) -> str:

@@ -63,7 +63,7 @@ def tune(
     from lape_fast.text import canonical
     from lape_fast.tune import SubnetworkConfig, TrainingSettings, tune_language
 
-    choice = SubnetworkConfig(neurons, language, method, policy, seed)
+    choice = SubnetworkConfig(neurons=neurons, language=language, method=method, policy=policy, seed=seed)
     opened = open_text(corpus, lines, language, text_column)
     validation = open_text(corpus, validation_lines, language, text_column) if validation_lines else None
     settings = TrainingSettings(
@@ -76,12 +76,10 @@ def tune(
         seed=seed,
     )
     loaded, tokenizer = load(model, dtype, device)
-    subnetwork, report = tune_language(loaded, tokenizer, opened, choice, output, settings, validation)
+    _, report = tune_language(loaded, tokenizer, opened, choice, output, settings, validation)
     facts = {
         "adapter": str(output),
         "language": canonical(language),
-        "neurons": sum(len(chosen) for chosen in subnetwork.neurons().values()),
-        "trainable": subnetwork.trainable(),
         **{name: value for name, value in report.items() if name != "log"},
     }
     print_facts(output, facts, as_json)

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from lape_fast.errors import ArchitectureError, FileFormatError, LanguageError, SelectionError, ShapeError
+from lape_fast.errors import FileFormatError, LanguageError, SelectionError, ShapeError
 from lape_fast.files import json_hash, read_tensors, write_tensors
 from lape_fast.identify.counts import INTEGER_DTYPES, check_languages, find_language
+from lape_fast.models import check_size
 
 # Metadata that the file itself needs; everything else (rule, thresholds, source) is the maker's.
 FILE_FIELDS = ("kind", "schema_version", "languages", "layers", "neurons_per_layer")
@@ -409,8 +410,4 @@ class NeuronSet:
         Raises:
             ArchitectureError: layers or width differ.
         """
-        if (layers, neurons_per_layer) != (self.layers, self.neurons_per_layer):
-            raise ArchitectureError(
-                f"The neurons are of a model with {self.layers} layers x {self.neurons_per_layer} neurons, but this "
-                f"model has {layers} x {neurons_per_layer}; use the model they were found in, or identify again."
-            )
+        check_size((self.layers, self.neurons_per_layer), (layers, neurons_per_layer))

@@ -52,6 +52,11 @@ class FFN:
         self._installed: dict[str, nn.Module] | None = None
 
     @property
+    def original(self) -> nn.Module:
+        """The module that ``replace`` exchanges."""
+        return self._originals[self._layout.replaced]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self._gate.weight.dtype

@@ -75,6 +75,19 @@ def check_neurons(ffns: Sequence[FFN] | Sequence[ExpertFFN], neurons: Sequence[t
             )
 
 
+def check_size(made_for: tuple[int, int], model: tuple[int, int]) -> None:
+    """Makes sure that neurons were found in a model of this one's size: layers and neurons per layer.
+
+    Raises:
+        ArchitectureError: they were not.
+    """
+    if made_for != model:
+        raise ArchitectureError(
+            f"The neurons are of a model with {made_for[0]} layers x {made_for[1]} neurons, but this model has "
+            f"{model[0]} x {model[1]}; use the model they were found in, or identify again."
+        )
+
+
 @contextlib.contextmanager
 def replaced(ffns: Sequence[FFN] | Sequence[ExpertFFN], modules: Sequence[nn.Module]) -> Iterator[None]:
     """Computes ``ffns`` by ``modules`` inside the ``with`` block, and restores them on the way out, whatever happens.

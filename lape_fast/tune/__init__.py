@@ -1,15 +1,14 @@
 """Tuning: the subnetwork FFN, its adapters, and training on packed rows."""
 
-from lape_fast.tune.adapter import load_adapter, read_adapter_config, write_adapter_files
+from lape_fast.tune.adapter import load_adapter, read_adapter_config, write_adapter
 from lape_fast.tune.base_model import BaseSize, train_base_model
 from lape_fast.tune.subnetwork import Subnetwork, attach_subnetwork
 from lape_fast.tune.subnetwork_ffn import Policy, Storage, SubnetworkFFN
 from lape_fast.tune.training import TrainingSettings
-from lape_fast.tune.tuning import Method, SubnetworkConfig, tune_language
+from lape_fast.tune.tuning import tune_language
 
 __all__ = [
     "BaseSize",
-    "Method",
     "Policy",
     "Storage",
     "Subnetwork",
@@ -21,5 +20,14 @@ __all__ = [
     "read_adapter_config",
     "train_base_model",
     "tune_language",
-    "write_adapter_files",
+    "write_adapter",
 ]
+
+
+def __getattr__(name: str):
+    # PEFT takes seconds to import, and only its users need it.
+    if name != "SubnetworkConfig":
+        raise AttributeError(f"module 'lape_fast.tune' has no attribute {name!r}")
+    from lape_fast.tune.peft_tuner import SubnetworkConfig
+
+    return SubnetworkConfig

@@ -1,13 +1,14 @@
-"""Adapters: the trained values of one language's neurons, in a folder of two files.
+"""Adapters: the trained values of one language's neurons, in a folder of two files that PEFT reads too.
 
-``adapter_model.safetensors`` holds the trained values (not differences) and the neurons they belong to;
-``adapter_config.json`` says which base they were trained on. A fingerprint of the values they replace makes sure that
-they are only ever put into that base.
+``adapter_model.safetensors`` holds the trained values (not differences), ``adapter_config.json`` the neurons they
+belong to and the base they were trained on. A fingerprint of the values they replace makes sure that they are only
+ever put into that base. Nothing here needs PEFT.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +16,46 @@ import torch
 from torch import Tensor, nn
 
 from lape_fast.errors import ArchitectureError, FileFormatError
-from lape_fast.files import read_json, read_tensors, write_json, write_tensors
+from lape_fast.files import read_json, read_safetensors, write_json, write_tensors
 from lape_fast.models import model_identity
 from lape_fast.tune.subnetwork import Subnetwork, attach_subnetwork
-from lape_fast.tune.subnetwork_ffn import Policy
+from lape_fast.tune.subnetwork_ffn import Policy, Storage
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
+# What PEFT puts in front of a module's path.
+PREFIX = "base_model.model."
 
-def write_adapter_files(subnetwork: Subnetwork, folder: Path, *, language: str, **details: Any) -> None:
-    """Writes the two files of an adapter into a folder that exists.
+REQUIRED = {"peft_type", "language", "base", "neurons", "replaced_values_sha256"}
+
+
+def write_adapter(subnetwork: Subnetwork, folder: Path, config: Mapping[str, Any]) -> None:
+    """Writes the two files of an adapter into a folder that exists, with the values in the base's dtype.
 
     Args:
-        subnetwork: the attached subnetwork; its fp32 masters are written.
+        subnetwork: the attached subnetwork.
         folder: where; use ``atomic_folder`` for an adapter that others shall read.
-        language: the canonical code of the language that was tuned.
-        details: anything else worth keeping in the configuration (JSON values).
+        config: a ``SubnetworkConfig`` as ``to_dict`` gives it; the base and its fingerprint are filled in.
     """
-    neurons = subnetwork.neurons()
-    tensors = {f"layers.{layer}.neurons": indices.to(torch.int32) for layer, indices in neurons.items()}
-    for layer in subnetwork.layers:
-        tensors |= {f"layers.{layer.ffn.layer}.{part}": values for part, values in layer.masters().items()}
-    config = {
-        "language": language,
-        "base": subnetwork.base,
-        "neurons": sum(len(indices) for indices in neurons.values()),
-        "trainable": subnetwork.trainable(),
-        "replaced_values_sha256": subnetwork.fingerprint(),
-        **details,
+    tensors = {
+        f"{PREFIX}{path}.{part}": master.detach().to(layer.ffn.dtype)
+        for path, layer in zip(subnetwork.paths, subnetwork.layers, strict=True)
+        for part, master in layer.masters(subnetwork.name).items()
     }
-    write_tensors(folder / TENSORS_NAME, "adapter", tensors, {"language": language})
-    write_json(folder / CONFIG_NAME, config)
+    facts = {"base": subnetwork.base, "replaced_values_sha256": subnetwork.fingerprint(), "inference_mode": True}
+    write_tensors(folder / TENSORS_NAME, "adapter", tensors, {"language": config["language"]})
+    write_json(folder / CONFIG_NAME, {**config, **facts})
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike, policy: Policy = "save") -> Subnetwork:
-    """Attaches the subnetwork of an adapter and puts its trained values into the model.
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike, policy: Policy = "save", *, storage: Storage = "auto"
+) -> Subnetwork:
+    """Attaches the subnetwork of an adapter and puts its trained values into the model, without PEFT.
 
     Args:
         model: the base that the adapter was trained on.
-        folder: an adapter folder.
-        policy: see ``attach_subnetwork``.
+        folder: an adapter folder, written by ``tune`` or by PEFT.
+        policy, storage: see ``attach_subnetwork``.
 
     Raises:
         FileFormatError: the folder is not a complete adapter.
@@ -66,23 +67,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, policy: Policy = "
         ...     before = model(input_ids)
     """
     config = read_adapter_config(folder)
-    tensors, _ = read_tensors(Path(folder) / TENSORS_NAME, "adapter")
-    identity, made_for = model_identity(model), config["base"]
-    if made_for["config_hash"] != identity["config_hash"]:
-        raise ArchitectureError(
-            f"The adapter {folder} was made for {made_for['model']} ({made_for['model_type']}, {made_for['layers']} "
-            f"layers of {made_for['neurons_per_layer']} neurons), but the model is {identity['model']} "
-            f"({identity['model_type']}, {identity['layers']} of {identity['neurons_per_layer']}); load it on its own "
-            "base."
-        )
-    neurons = [tensors.get(f"layers.{layer}.neurons", torch.empty(0)).long() for layer in range(identity["layers"])]
-    subnetwork = attach_subnetwork(model, neurons, policy)
+    tensors = read_safetensors(Path(folder) / TENSORS_NAME)
+    check_base(config["base"], model_identity(model), f"The adapter {folder}")
+    subnetwork = attach_subnetwork(model, decode_neurons(config["neurons"]), policy, storage=storage)
     try:
-        if subnetwork.fingerprint() != config["replaced_values_sha256"]:
-            raise ArchitectureError(
-                f"The adapter {folder} was made for another base: the weights it replaces in {identity['model']} are "
-                f"not those it was trained from ({made_for['model']}); load the checkpoint it names."
-            )
+        check_fingerprint(config, subnetwork.fingerprint(), f"The adapter {folder}")
         _put_values(subnetwork, tensors, folder)
     except Exception:
         subnetwork.detach(keep=False)
@@ -102,31 +91,69 @@ def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:
             f"{folder} is not an adapter folder: it has no {CONFIG_NAME}; name the folder tune wrote."
         )
     config = read_json(path)
-    if not isinstance(config, dict) or not {"language", "base", "replaced_values_sha256"} <= config.keys():
+    if not isinstance(config, dict) or not config.keys() >= REQUIRED:
         raise FileFormatError(f"{path} is not the configuration of a lape_fast adapter; name the folder tune wrote.")
     return config
 
 
-@torch.no_grad()
-def restore_values(subnetwork: Subnetwork, folder: str | os.PathLike) -> None:
-    """Reads the trained values of an adapter of the same neurons into an attached subnetwork.
+def encode_neurons(neurons: Sequence[Tensor]) -> list[str]:
+    """Neurons per layer as a configuration holds them: one line of numbers per layer."""
+    return [" ".join(map(str, chosen.tolist())) for chosen in neurons]
+
+
+def decode_neurons(lines: Sequence[str]) -> list[Tensor]:
+    """Undoes ``encode_neurons``: int64 ``[K]`` per layer, sorted.
 
     Raises:
-        FileFormatError: the file is not an adapter, or has other neurons.
+        FileFormatError: a line is not made of increasing numbers.
     """
-    tensors, _ = read_tensors(Path(folder) / TENSORS_NAME, "adapter")
-    for layer, indices in subnetwork.neurons().items():
-        saved = tensors.get(f"layers.{layer}.neurons")
-        if saved is None or not torch.equal(saved.long(), indices):
-            raise FileFormatError(f"{folder} holds other neurons in layer {layer} than the subnetwork; start afresh.")
-    _put_values(subnetwork, tensors, folder)
+    neurons = []
+    for layer, line in enumerate(lines):
+        words = line.split() if isinstance(line, str) else [str(line)]
+        if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
+            raise FileFormatError(
+                f"The neurons of layer {layer} are {line!r:.60} and not numbers; copy the file again."
+            )
+        chosen = torch.tensor([int(word) for word in words], dtype=torch.int64)
+        if (chosen.diff() <= 0).any():
+            raise FileFormatError(f"The neurons of layer {layer} are not in increasing order; copy the file again.")
+        neurons.append(chosen)
+    return neurons
+
+
+def check_base(made_for: Mapping[str, Any], identity: Mapping[str, Any], what: str) -> None:
+    """Makes sure that a model has the configuration that an adapter was made for.
+
+    Raises:
+        ArchitectureError: it has another.
+    """
+    if made_for["config_hash"] != identity["config_hash"]:
+        raise ArchitectureError(
+            f"{what} was made for {made_for['model']} ({made_for['model_type']}, {made_for['layers']} layers of "
+            f"{made_for['neurons_per_layer']} neurons), but the model is {identity['model']} "
+            f"({identity['model_type']}, {identity['layers']} of {identity['neurons_per_layer']}); load it on its own "
+            "base."
+        )
+
+
+def check_fingerprint(config: Mapping[str, Any], found: str, what: str) -> None:
+    """Makes sure that a model holds the values that an adapter replaces.
+
+    Raises:
+        ArchitectureError: it holds others.
+    """
+    if config["replaced_values_sha256"] != found:
+        raise ArchitectureError(
+            f"{what} was made for another base: the weights it replaces are not those it was trained from "
+            f"({config['base']['model']}); load the checkpoint it names, in the dtype it was trained in."
+        )
 
 
 @torch.no_grad()
 def _put_values(subnetwork: Subnetwork, tensors: dict[str, Tensor], folder: str | os.PathLike) -> None:
-    for layer in subnetwork.layers:
-        for part, master in layer.masters().items():
-            values = tensors.get(f"layers.{layer.ffn.layer}.{part}")
+    for path, layer in zip(subnetwork.paths, subnetwork.layers, strict=True):
+        for part, master in layer.masters(subnetwork.name).items():
+            values = tensors.get(f"{PREFIX}{path}.{part}")
             if values is None or values.shape != master.shape:
                 found = "absent" if values is None else list(values.shape)
                 raise FileFormatError(

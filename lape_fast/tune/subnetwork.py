@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +23,21 @@ class Subnetwork:
 
     Attributes:
         layers: the FFNs, from the lowest trained layer up.
+        paths: the path of each in the model.
         name: under which the FFNs know it.
         base: the identity of the model it is attached to.
+
+    Args:
+        model: a model with subnetwork FFNs.
+        name: one of the languages that they know.
     """
 
-    def __init__(self, layers: Sequence[SubnetworkFFN], name: str, base: dict[str, Any]):
-        self.layers = list(layers)
+    def __init__(self, model: nn.Module, name: str):
+        self.layers = installed_layers(model)
+        paths = {id(module): path for path, module in model.named_modules()}
+        self.paths = [paths[id(layer)] for layer in self.layers]
         self.name = name
-        self.base = base
+        self.base = model_identity(model)
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters: fp32 masters of ``[K, D]`` per layer and part."""
@@ -57,8 +63,8 @@ class Subnetwork:
         Raises:
             AdapterError: the values shall be kept, but the base cannot be written.
         """
-        if keep:
-            check_mergeable(self.layers)
+        for layer in self.layers if keep else ():
+            layer.make_resident()
         for layer in self.layers:
             uninstall(layer, self.name if keep else None)
 
@@ -104,14 +110,14 @@ def attach_subnetwork(
         >>> subnetwork = attach_subnetwork(model, neurons["mlt_Latn"])
         >>> optimizer = torch.optim.AdamW(subnetwork.parameters(), lr=1e-4)
     """
-    base = model_identity(model)
     layers = install(model, neurons, DEFAULT_NAME, policy, storage, SubnetworkFFN)
+    # After the masters were made: they are frozen first, and then alone set free.
     model.requires_grad_(False)
     for layer in layers:
         layer.hold(DEFAULT_NAME)
         for parameter in layer.masters().values():
             parameter.requires_grad_(True)
-    return Subnetwork(layers, DEFAULT_NAME, base)
+    return Subnetwork(model, DEFAULT_NAME)
 
 
 def install(
@@ -164,6 +170,32 @@ def installed_layers(model: nn.Module) -> list[SubnetworkFFN]:
     )
 
 
+@torch.no_grad()
+def combine(layers: Sequence[SubnetworkFFN], weights: Mapping[str, float], name: str) -> dict[str, int]:
+    """Adds a language ``name`` whose values are the base's plus the weighted sum of what others changed.
+
+    Args:
+        layers: all subnetwork FFNs of a model.
+        weights: how much of each language.
+        name: a new one.
+
+    Returns:
+        "neurons", how many the new language has, and "shared", how many of these are in more than one of the others.
+    """
+    total = shared = 0
+    for layer in layers:
+        chosen = {other: layer.neurons(other) for other in weights}
+        union, members = torch.cat(list(chosen.values())).unique(return_counts=True)
+        total, shared = total + len(union), shared + int((members > 1).sum())
+        layer.add(name, union)
+        for other, weight in weights.items():
+            rows = torch.searchsorted(union, chosen[other])
+            for part, original in layer.originals(other).items():
+                change = layer.masters(other)[part] - original
+                layer.masters(name)[part].index_add_(0, rows, change, alpha=weight)
+    return {"neurons": total, "shared": shared}
+
+
 def uninstall(layer: SubnetworkFFN, keep: str | None) -> None:
     """Gives a layer its own modules back, with the values of a language or its original ones."""
     layer.hold(keep)
@@ -172,20 +204,6 @@ def uninstall(layer: SubnetworkFFN, keep: str | None) -> None:
     layer.set_policy("save")
     layer.ffn.restore()
     restore_norms(layer.ffn.decoder_layer)
-
-
-def check_mergeable(layers: Sequence[SubnetworkFFN]) -> None:
-    """Makes sure that trained values can be written into the base.
-
-    Raises:
-        AdapterError: the base is quantised or sharded.
-    """
-    fixed = [layer.ffn.layer for layer in layers if not layer.ffn.writable]
-    if fixed:
-        raise AdapterError(
-            f"The base is quantised or sharded (in layer {fixed[0]}), so trained values cannot be written into it; "
-            "`lape-fast merge --model BASE --adapter ADAPTER --output FOLDER` writes them into a 16-bit copy."
-        )
 
 
 def fingerprint(layers: Sequence[SubnetworkFFN], name: str) -> str:

@@ -88,7 +88,7 @@ class SubnetworkFFN(nn.Module):
         self.writes = 0
         self.policy: Policy = "save"
         self.set_policy(policy)
-        self.register_load_state_dict_post_hook(_write_after_loading)
+        self._written: tuple | None = None
         ATTACHED.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -147,9 +147,35 @@ class SubnetworkFFN(nn.Module):
             self.hold(before)
 
     def synchronize(self) -> None:
-        """Rounds the held masters into the base weight; every torch optimizer's step does this by itself."""
+        """Rounds the held masters into the base weight.
+
+        Every torch optimizer's step does this by itself, and so does a forward pass after anything that leaves a
+        trace: masters that were exchanged, or written by any operation but a fused optimizer's.
+        """
         if self.held is not None:
             self._write(self.held, self.masters())
+            self._written = self._stamp()
+
+    def synchronize_if_changed(self) -> None:
+        """``synchronize`` if the held masters show that they were written since."""
+        if self.held is not None and self._written != self._stamp():
+            self.synchronize()
+
+    def make_resident(self) -> None:
+        """Changes from overlay to resident storage.
+
+        Raises:
+            AdapterError: the base cannot be written.
+        """
+        if not self.overlay:
+            return
+        check_writable(self.ffn)
+        held, self.held = self.held, None
+        for chosen in self.selections.values():
+            for part in self.parts if len(chosen.neurons) else ():
+                chosen.register_buffer(f"original_{part}", self._read(part, chosen.neurons), persistent=False)
+        self.overlay = False
+        self.hold(held)
 
     def masters(self, name: str | None = None) -> dict[str, nn.Parameter]:
         """The ``[K, D]`` trained values of ``name`` (of the held language); none where it has no neurons here."""
@@ -174,7 +200,7 @@ class SubnetworkFFN(nn.Module):
         """The neurons of ``name`` (of the held language), int64 ``[K]``."""
         return self.selections[name or self.held].neurons
 
-    def weight(self, part: str) -> Tensor:
+    def base_weight(self, part: str) -> Tensor:
         """The base weight that a part belongs to, as ``[F, D]``; dequantised where it is quantised."""
         weights = dict(zip(PARTS, ("gate_weight", "up_weight", "down_weight"), strict=True))
         weight = getattr(self.ffn, weights[part])
@@ -209,7 +235,7 @@ class SubnetworkFFN(nn.Module):
         """Writes ``[K, D]`` values into the base weight's rows and columns, rounded to its dtype."""
         neurons = self.selections[name].neurons
         for part, rows in {} if self.overlay else values.items():
-            weight = self.weight(part)
+            weight = self.base_weight(part)
             if isinstance(weight, DTensor):
                 raise TrainingError(
                     f"The weights of layer {self.ffn.layer} were sharded after a subnetwork was attached to them, so "
@@ -219,9 +245,12 @@ class SubnetworkFFN(nn.Module):
             weight.data.index_copy_(0, neurons, rows.detach().to(weight.dtype))
         self.note_write()
 
+    def _stamp(self) -> tuple:
+        return tuple((part, id(master), master._version) for part, master in self.masters().items())
+
     @torch.no_grad()
     def _read(self, part: str, neurons: Tensor) -> Tensor:
-        weight = self.weight(part)
+        weight = self.base_weight(part)
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         return weight.detach()[neurons].clone()
 
@@ -229,6 +258,19 @@ class SubnetworkFFN(nn.Module):
 def master_dtype(base: torch.dtype) -> torch.dtype:
     """fp32, in which small updates are not rounded away; fp64 for an fp64 base."""
     return torch.float64 if base == torch.float64 else torch.float32
+
+
+def check_writable(ffn: FFN) -> None:
+    """Makes sure that trained values can be written into the base.
+
+    Raises:
+        AdapterError: the base is quantised or sharded.
+    """
+    if not ffn.writable:
+        raise AdapterError(
+            f"The base is quantised or sharded (in layer {ffn.layer}), so trained values cannot be written into it; "
+            "`lape-fast merge --model BASE --adapter ADAPTER --output FOLDER` writes them into a 16-bit copy."
+        )
 
 
 def check_one(names: str | list[str]) -> str | None:
@@ -244,7 +286,3 @@ def check_one(names: str | list[str]) -> str | None:
             "for; combine them into one adapter with add_weighted_adapter."
         )
     return names[0] if names else None
-
-
-def _write_after_loading(layer: SubnetworkFFN, incompatible_keys: Any) -> None:
-    layer.synchronize()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from lape_fast.errors import TrainingError
 from lape_fast.ops import gated_activation, gated_activation_backward
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
     from lape_fast.tune.subnetwork_ffn import SubnetworkFFN
 
 
-# The autograd functions read and write Python state, which Dynamo would have to trace.
-@torch.compiler.disable
+# The autograd functions read and write Python state, which Dynamo would have to trace. (torch.compiler.disable would
+# import Dynamo here and now.)
+@_disable_dynamo
 def compute(layer: SubnetworkFFN, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
     """The block's output; differentiable in x and in the masters of the language that the layer holds."""
+    layer.synchronize_if_changed()
     masters = layer.trained()
     trained = any(master is not None and master.requires_grad for master in masters)
     if not torch.is_grad_enabled() or not (trained or x.requires_grad):

@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lape_fast.errors import CorpusError, TrainingError
+from lape_fast.errors import ConfigError, CorpusError, TrainingError
 from lape_fast.files import read_json, write_json
 from lape_fast.models import supports_packing
 from lape_fast.progress import progress_bar
 from lape_fast.text import pack_for_model, tokenize
-from lape_fast.tune.adapter import restore_values, write_adapter_files
-from lape_fast.tune.subnetwork import Subnetwork
 
 SETTINGS_NAME = "settings.json"
 
@@ -30,14 +28,24 @@ class TrainingSettings:
 
     Args:
         context_length: tokens per row.
-        rows_per_step: rows per optimizer step.
+        rows_per_step: rows per optimizer step, over all processes.
+        rows_per_pass: rows that one process computes at once; gradients accumulate over passes, in fp32, up to
+            ``rows_per_step``. None: all rows of the process.
         steps: optimizer steps; None for ``epochs`` passes over the text.
         epochs: passes over the text, where ``steps`` is None.
-        learning_rate: the peak; 5 % warm-up, then a cosine to zero.
+        learning_rate: the peak.
+        schedule: how the learning rate falls from its peak: cosine, linear, constant, or another of transformers'.
+        warmup: share of the steps in which the learning rate rises from 0.
         weight_decay: of AdamW.
+        max_grad_norm: to which the norm of the gradient is clipped.
         seed: of the order of rows.
         save_every: steps between checkpoints from which an interrupted run resumes.
         evaluate_every: steps between measurements on the validation text; the best of them is kept.
+        patience: measurements in a row without a better one after which training stops; None never stops.
+        report_to: where metrics go beside the log, such as tensorboard, wandb or trackio.
+
+    Raises:
+        ConfigError: the rows of a step are no multiple of the rows of a pass.
 
     Example:
         >>> settings = TrainingSettings(steps=500, learning_rate=3e-4)
@@ -45,13 +53,30 @@ class TrainingSettings:
 
     context_length: int = 512
     rows_per_step: int = 8
+    rows_per_pass: int | None = None
     steps: int | None = None
     epochs: float = 1.0
     learning_rate: float = 1e-4
+    schedule: str = "cosine"
+    warmup: float = 0.05
     weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
     seed: int = 0
     save_every: int = 200
     evaluate_every: int = 50
+    patience: int | None = None
+    report_to: tuple[str, ...] = ()
+
+    def rows_and_passes(self, processes: int) -> tuple[int, int]:
+        """Rows per pass of one process, and its passes per optimizer step."""
+        rows = self.rows_per_pass or max(1, self.rows_per_step // processes)
+        passes, rest = divmod(self.rows_per_step, rows * processes)
+        if rest or not passes:
+            raise ConfigError(
+                f"{self.rows_per_step} rows per step cannot be cut into passes of {rows} rows in {processes} "
+                f"process{'es' if processes > 1 else ''}; make rows_per_step a multiple of {rows * processes}."
+            )
+        return rows, passes
 
 
 class Rows(torch.utils.data.Dataset):
@@ -67,6 +92,11 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         return {name: values[row] for name, values in self.columns.items()}
+
+    def find(self, input_ids: torch.Tensor) -> list[int]:
+        """The numbers of the rows that hold these ids, ``[R, S]``."""
+        mine = self.columns["input_ids"]
+        return [row for ids in input_ids.to(mine.device) for row in torch.nonzero((mine == ids).all(1))[:1, 0].tolist()]
 
 
 def pack_documents(model: nn.Module, tokenizer, documents: Sequence[str], context_length: int) -> Rows:
@@ -88,55 +118,65 @@ def train(
     output: str | os.PathLike,
     settings: TrainingSettings,
     *,
-    subnetwork: Subnetwork | None = None,
-    language: str = "",
+    identity: str = "",
     validation: Rows | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     description: str = "training",
 ) -> dict[str, Any]:
     """Trains the parameters that need gradients; an interrupted run with the same settings resumes.
 
     Args:
-        model: the model, with its subnetwork attached if there is one.
+        model: what the Trainer is given: a model, or a PEFT model, whose checkpoints hold the adapter only.
         rows: what to train on.
         output: folder for checkpoints and the log.
         settings: how to train.
-        subnetwork: checkpoints then hold only its trained values.
-        language: the language of the subnetwork.
+        identity: what is trained; a run of something else is not resumed.
         validation: measured every ``evaluate_every`` steps; at the end the best values are put back.
+        optimizer: None for torch's fused AdamW.
         description: of the progress bar.
 
     Returns:
         ``steps``, ``seconds``, ``tokens_per_second``, ``train_loss`` and the ``log`` (a dict per logged step).
 
     Raises:
-        TrainingError: the folder holds a run with other settings.
+        TrainingError: the folder holds a run with other settings, or a gradient is not finite.
     """
     from transformers import set_seed
-    from transformers.trainer_utils import get_last_checkpoint
+
+    from lape_fast.tune.callbacks import FiniteGradients, Progress
 
     output = Path(output)
     steps = settings.steps or math.ceil(settings.epochs * len(rows) / settings.rows_per_step)
-    _claim(output, {**vars(settings), "steps": steps, "rows": len(rows), "language": language})
+    _claim(output, {**vars(settings), "steps": steps, "rows": len(rows), "identity": identity})
     set_seed(settings.seed)
     tokens_per_step = settings.rows_per_step * settings.context_length
-    with progress_bar(description, steps) as advance:
-        trainer = _trainer(model, rows, validation, output, steps, settings, subnetwork, language)
-        trainer.add_callback(_progress_callback(advance, tokens_per_step))
+    with progress_bar(description, steps) as advance, FiniteGradients(model, rows) as guard:
+        trainer = _trainer(model, rows, validation, output, steps, settings, optimizer)
+        trainer.add_callback(Progress(advance, tokens_per_step))
+        trainer.add_callback(guard)
         start = time.perf_counter()
-        result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)))
+        result = trainer.train(resume_from_checkpoint=last_checkpoint(output))
     seconds = time.perf_counter() - start
     return {
-        "steps": steps,
+        "steps": trainer.state.global_step,
         "seconds": seconds,
-        "tokens_per_second": steps * tokens_per_step / seconds,
+        "tokens_per_second": trainer.state.global_step * tokens_per_step / seconds,
         "train_loss": result.training_loss,
         "log": trainer.state.log_history,
     }
 
 
+def last_checkpoint(output: Path) -> str | None:
+    """The newest complete checkpoint of a run; the Trainer writes its state last."""
+    complete = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
+    numbered = {int(path.name.removeprefix("checkpoint-")): path for path in complete}
+    return str(numbered[max(numbered)]) if numbered else None
+
+
 def _claim(output: Path, settings: dict[str, Any]) -> None:
     """Remembers the settings of a run, and refuses to resume it with others."""
     path = output / SETTINGS_NAME
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     if not path.exists():
         write_json(path, settings)
         return
@@ -150,34 +190,23 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _trainer(model, rows, validation, output, steps, settings: TrainingSettings, subnetwork, language):
-    from transformers import Trainer, TrainingArguments, default_data_collator
-
-    class SubnetworkTrainer(Trainer):
-        """A Trainer whose checkpoints hold the adapter and not the model."""
-
-        def _save(self, output_dir=None, state_dict=None):
-            folder = Path(output_dir or self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_adapter_files(subnetwork, folder, language=language)
-
-        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-            restore_values(subnetwork, resume_from_checkpoint)
-
-        def _load_best_model(self):
-            restore_values(subnetwork, self.state.best_model_checkpoint)
+def _trainer(model, rows, validation, output, steps, settings: TrainingSettings, optimizer):
+    from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, default_data_collator
+    from transformers.trainer_callback import PrinterCallback
 
     evaluate_every = min(settings.evaluate_every, steps)
+    per_pass, passes = settings.rows_and_passes(int(os.environ.get("WORLD_SIZE", "1")))
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
-        per_device_train_batch_size=settings.rows_per_step,
-        per_device_eval_batch_size=settings.rows_per_step,
+        per_device_train_batch_size=per_pass,
+        per_device_eval_batch_size=per_pass,
+        gradient_accumulation_steps=passes,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        max_grad_norm=1.0,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,
+        max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
         save_strategy="steps",
         # The best values can only be put back if each measured one was saved.
@@ -189,31 +218,26 @@ def _trainer(model, rows, validation, output, steps, settings: TrainingSettings,
         metric_for_best_model="loss",
         prediction_loss_only=True,
         logging_steps=max(1, min(10, steps // 20)),
+        report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
         log_level="error",
+        # Every trained parameter is used in every pass.
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
-    kind = SubnetworkTrainer if subnetwork else Trainer
-    trainer = kind(
-        model=model, args=arguments, train_dataset=rows, eval_dataset=validation, data_collator=default_data_collator
+    # One process trains on one GPU; of several visible ones the Trainer would make a DataParallel.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    stopping = [EarlyStoppingCallback(settings.patience)] if settings.patience and validation else []
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=validation,
+        data_collator=default_data_collator,
+        optimizers=(optimizer, None),
+        callbacks=stopping,
     )
-    _silence(trainer)
-    return trainer
-
-
-def _silence(trainer) -> None:
-    """Our own bar shows the progress; the Trainer's default callback prints every log line instead."""
-    from transformers.trainer_callback import PrinterCallback
-
+    # Our own bar shows the progress; the Trainer's default callback prints every log line instead.
     trainer.remove_callback(PrinterCallback)
-
-
-def _progress_callback(advance, tokens_per_step: int):
-    from transformers import TrainerCallback
-
-    class Progress(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            advance(1, tokens_per_step)
-
-    return Progress()
+    return trainer

@@ -4,66 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lape_fast.errors import ConfigError, CorpusError
+from lape_fast.errors import CorpusError
 from lape_fast.files import atomic_folder, refuse_existing, write_json
-from lape_fast.identify import NeuronSet, random_like
-from lape_fast.models import model_identity
 from lape_fast.text import Corpus, canonical
-from lape_fast.tune.adapter import write_adapter_files
-from lape_fast.tune.subnetwork import Subnetwork, attach_subnetwork
-from lape_fast.tune.subnetwork_ffn import Policy
+from lape_fast.tune.adapter import write_adapter
+from lape_fast.tune.subnetwork import Subnetwork
 from lape_fast.tune.training import TrainingSettings, pack_documents, train
 
-# `subnetwork` tunes the language's own neurons; `random` is the control: as many neurons, drawn from all the others.
-Method = Literal["subnetwork", "random"]
+if TYPE_CHECKING:
+    from lape_fast.tune.peft_tuner import SubnetworkConfig
 
 LOG_NAME = "training.json"
-
-
-@dataclass(frozen=True)
-class SubnetworkConfig:
-    """Which neurons to tune, and how.
-
-    Attributes:
-        neurons: a neuron file, or the neurons themselves.
-        language: whose neurons.
-        method: the language's own neurons, or an equally large random set that shares none with them.
-        policy: what the subnetwork FFN keeps for its backward pass.
-        seed: of the random set.
-
-    Example:
-        >>> subnetwork = SubnetworkConfig(neurons="out/neurons.safetensors", language="mlt_Latn").attach(model)
-    """
-
-    neurons: str | os.PathLike | NeuronSet
-    language: str
-    method: Method = "subnetwork"
-    policy: Policy = "save"
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.method not in get_args(Method):
-            raise ConfigError(f"The method {self.method!r} is unknown; choose one of {', '.join(get_args(Method))}.")
-
-    def attach(self, model: nn.Module) -> Subnetwork:
-        """Attaches the subnetwork to a model.
-
-        Raises:
-            LanguageError: the neuron file lacks the language.
-            ArchitectureError: the neurons do not fit the model.
-        """
-        neurons = self.neurons if isinstance(self.neurons, NeuronSet) else NeuronSet.load(self.neurons)
-        identity = model_identity(model)
-        neurons.check_model(identity["layers"], identity["neurons_per_layer"])
-        if self.method == "random":
-            neurons = random_like(neurons, self.language, self.seed)
-        return attach_subnetwork(model, neurons[self.language], self.policy)
 
 
 def tune_language(
@@ -78,9 +35,10 @@ def tune_language(
     """Tunes one language's subnetwork and writes the adapter folder.
 
     The same call resumes an interrupted run from ``OUTPUT.checkpoints``, which is removed when the adapter is written.
+    Under ``torchrun`` every process trains on its share of the rows, and the first one writes.
 
     Args:
-        model: the base; its weights hold the tuned values afterwards.
+        model: the base; with resident storage its weights hold the tuned values afterwards.
         tokenizer: its tokenizer.
         corpus: holds the language's training text.
         config: which neurons.
@@ -96,9 +54,11 @@ def tune_language(
         FileExistsAlreadyError: the output is there already.
 
     Example:
-        >>> config = SubnetworkConfig("out/neurons.safetensors", language="mlt_Latn")
+        >>> config = SubnetworkConfig(neurons="out/neurons.safetensors", language="mlt_Latn")
         >>> tune_language(model, tokenizer, open_corpus("texts/"), config, "adapters/mlt_Latn")
     """
+    from peft import get_peft_model
+
     settings = settings or TrainingSettings()
     output = Path(output)
     refuse_existing(output)
@@ -107,23 +67,23 @@ def tune_language(
     held_out = validation and pack_documents(
         model, tokenizer, _documents(validation, language), settings.context_length
     )
-    subnetwork = config.attach(model)
+    peft_model = get_peft_model(model, config)
+    subnetwork = Subnetwork(model, peft_model.active_adapter)
     workspace = output.with_name(f"{output.name}.checkpoints")
     report = train(
-        model.train(),
+        peft_model.train(),
         rows,
         workspace,
         settings,
-        subnetwork=subnetwork,
-        language=language,
+        identity=config.replaced_values_sha256,
         validation=held_out,
         description=f"tuning {language}",
     )
     model.eval()
-    details = {"method": config.method, "seed": config.seed, "settings": asdict(settings)}
+    report = {"neurons": sum(map(len, subnetwork.neurons().values())), "trainable": subnetwork.trainable(), **report}
     with atomic_folder(output) as folder:
-        write_adapter_files(subnetwork, folder, language=language, **details)
-        write_json(folder / LOG_NAME, report)
+        write_adapter(subnetwork, folder, config.to_dict())
+        write_json(folder / LOG_NAME, {"settings": asdict(settings), **report})
     shutil.rmtree(workspace)
     return subnetwork, report
 

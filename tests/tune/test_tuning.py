@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 from lape_fast.errors import (
@@ -21,7 +22,7 @@ from lape_fast.errors import (
 from lape_fast.identify import NeuronSet
 from lape_fast.models import load_model
 from lape_fast.text import open_corpus
-from lape_fast.tune import SubnetworkConfig, TrainingSettings, load_adapter, tune_language
+from lape_fast.tune import SubnetworkConfig, TrainingSettings, callbacks, load_adapter, tune_language
 from lape_fast.tune.training import pack_documents, train
 from tests.tiny_models import save_tiny, tiny_model
 
@@ -45,9 +46,15 @@ def base(tmp_path):
 
 def tuned(base, corpus, output, settings=SETTINGS, **config):
     model, tokenizer = load_model(base, device="cpu")
-    choice = SubnetworkConfig(NEURONS, "mlt_Latn", **config)
+    choice = SubnetworkConfig(neurons=NEURONS, language="mlt_Latn", **config)
     subnetwork, report = tune_language(model, tokenizer, corpus, choice, output, settings)
     return model, subnetwork, report
+
+
+def peft_model_and_rows(base, corpus):
+    model, tokenizer = load_model(base, device="cpu")
+    rows = pack_documents(model, tokenizer, list(corpus.documents("mlt_Latn")), 32)
+    return get_peft_model(model, SubnetworkConfig(neurons=NEURONS, language="mlt_Latn")), rows
 
 
 def logits(model):
@@ -97,20 +104,12 @@ def test_an_interrupted_run_resumes_to_the_same_values(base, corpus, tmp_path, m
     class Killed(Exception):
         pass
 
-    import lape_fast.tune.training as training
-
-    def killing(advance, tokens):
-        from transformers import TrainerCallback
-
-        class Kill(TrainerCallback):
-            def on_step_begin(self, args, state, control, **kwargs):
-                if state.global_step == 5:
-                    raise Killed
-
-        return Kill()
+    def killing(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training, "_progress_callback", killing)
+        patch.setattr(callbacks.Progress, "on_step_begin", killing)
         tuned(base, corpus, tmp_path / "resumed")
     assert not (tmp_path / "resumed").exists()
     assert (tmp_path / "resumed.checkpoints" / "checkpoint-4").is_dir()
@@ -122,23 +121,21 @@ def test_an_interrupted_run_resumes_to_the_same_values(base, corpus, tmp_path, m
 
 
 def test_checkpoints_hold_the_adapter_and_not_the_model(base, corpus, tmp_path):
-    model, tokenizer = load_model(base, device="cpu")
-    subnetwork = SubnetworkConfig(NEURONS, "mlt_Latn").attach(model)
-    rows = pack_documents(model, tokenizer, list(corpus.documents("mlt_Latn")), 32)
-    train(model, rows, tmp_path / "work", SETTINGS, subnetwork=subnetwork, language="mlt_Latn")
+    model, rows = peft_model_and_rows(base, corpus)
+    train(model, rows, tmp_path / "work", SETTINGS)
     names = {path.name for path in (tmp_path / "work" / "checkpoint-6").iterdir()}
     assert "adapter_model.safetensors" in names
     assert "model.safetensors" not in names
 
 
 def test_other_settings_do_not_resume_a_run(base, corpus, tmp_path):
-    model, tokenizer = load_model(base, device="cpu")
-    rows = pack_documents(model, tokenizer, list(corpus.documents("mlt_Latn")), 32)
-    subnetwork = SubnetworkConfig(NEURONS, "mlt_Latn").attach(model)
-    train(model, rows, tmp_path / "work", SETTINGS, subnetwork=subnetwork)
+    model, rows = peft_model_and_rows(base, corpus)
+    train(model, rows, tmp_path / "work", SETTINGS)
     other = TrainingSettings(**{**vars(SETTINGS), "learning_rate": 5e-3})
     with pytest.raises(TrainingError, match=r"learning_rate was 0\.01 and is 0\.005"):
-        train(model, rows, tmp_path / "work", other, subnetwork=subnetwork)
+        train(model, rows, tmp_path / "work", other)
+    with pytest.raises(TrainingError, match="identity was '' and is 'another'"):
+        train(model, rows, tmp_path / "work", SETTINGS, identity="another")
 
 
 def test_the_best_values_on_validation_text_are_kept(base, tmp_path):
@@ -150,7 +147,7 @@ def test_the_best_values_on_validation_text_are_kept(base, tmp_path):
     training, validation = open_corpus(str(tmp_path / "narrow")), open_corpus(str(tmp_path / "held-out"))
     model, tokenizer = load_model(base, device="cpu")
     settings = TrainingSettings(context_length=32, rows_per_step=8, steps=12, learning_rate=0.1, evaluate_every=2)
-    choice = SubnetworkConfig(NEURONS, "mlt_Latn")
+    choice = SubnetworkConfig(neurons=NEURONS, language="mlt_Latn")
     _, report = tune_language(model, tokenizer, training, choice, tmp_path / "adapter", settings, validation)
     measured = [entry["eval_loss"] for entry in report["log"] if "eval_loss" in entry]
     assert min(measured) < measured[-1]
@@ -180,7 +177,9 @@ def test_other_layouts_are_tuned_and_loaded_too(model_type, corpus, tmp_path):
     base = save_tiny(tmp_path / "base", model_type, neurons=128)
     neurons = NeuronSet.from_lists({"mlt_Latn": [[1, 5], [0]]}, neurons_per_layer=128)
     model, tokenizer = load_model(base, device="cpu")
-    tune_language(model, tokenizer, corpus, SubnetworkConfig(neurons, "mlt"), tmp_path / "adapter", SETTINGS)
+    tune_language(
+        model, tokenizer, corpus, SubnetworkConfig(neurons=neurons, language="mlt"), tmp_path / "adapter", SETTINGS
+    )
     fresh, _ = load_model(base, device="cpu")
     before = logits(fresh)
     load_adapter(fresh, tmp_path / "adapter")
@@ -217,14 +216,18 @@ def test_broken_adapters_are_named(base, corpus, tmp_path):
 def test_wrong_requests_are_refused_in_words(base, corpus, tmp_path):
     model, tokenizer = load_model(base, device="cpu")
     with pytest.raises(ConfigError, match="'lora' is unknown"):
-        SubnetworkConfig(NEURONS, "mlt_Latn", method="lora")
+        SubnetworkConfig(neurons=NEURONS, language="mlt_Latn", method="lora")
     with pytest.raises(CorpusError, match="no text in eng_Latn"):
-        tune_language(model, tokenizer, corpus, SubnetworkConfig(NEURONS, "eng"), tmp_path / "adapter", SETTINGS)
+        tune_language(
+            model, tokenizer, corpus, SubnetworkConfig(neurons=NEURONS, language="eng"), tmp_path / "adapter", SETTINGS
+        )
     with pytest.raises(LanguageError, match="deu_Latn"):
-        SubnetworkConfig(NEURONS, "deu_Latn").attach(model)
+        SubnetworkConfig(neurons=NEURONS, language="deu_Latn").attach(model)
     wide = NeuronSet.from_lists({"mlt_Latn": [[1], [2]]}, neurons_per_layer=64)
     with pytest.raises(ArchitectureError, match="2 x 48|2 layers x 64"):
-        SubnetworkConfig(wide, "mlt_Latn").attach(model)
+        SubnetworkConfig(neurons=wide, language="mlt_Latn").attach(model)
     (tmp_path / "taken").mkdir()
     with pytest.raises(FileExistsAlreadyError, match="taken"):
-        tune_language(model, tokenizer, corpus, SubnetworkConfig(NEURONS, "mlt"), tmp_path / "taken", SETTINGS)
+        tune_language(
+            model, tokenizer, corpus, SubnetworkConfig(neurons=NEURONS, language="mlt"), tmp_path / "taken", SETTINGS
+        )
