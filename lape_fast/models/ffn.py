@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,8 +23,9 @@ def find_ffns(model: nn.Module) -> list[FFN] | list[ExpertFFN]:
     """The FFN of every layer, in order: all dense or all mixtures of experts.
 
     Raises:
-        ArchitectureError: unknown architecture or activation, projections that are quantised, wrapped or already
-            replaced, a config whose code goes around the projections, or dense layers in a mixture of experts.
+        ArchitectureError: unknown architecture or activation, projections that are wrapped, already replaced, split
+            by tensor parallelism or quantised in a way that is not supported, a config whose code goes around the
+            projections, or dense layers in a mixture of experts.
 
     Example:
         >>> find_ffns(model)[0].gate_weight.shape  # [F, D]
@@ -35,6 +37,11 @@ def find_ffns(model: nn.Module) -> list[FFN] | list[ExpertFFN]:
                 f"This {model.config.model_type} model has {field} switched on in its config, which makes it compute "
                 f"around its projection modules; load it with {field} set to false."
             )
+    if (model.tp_size or 1) > 1:
+        raise ArchitectureError(
+            f"This {model.config.model_type} model is split among {model.tp_size} devices by tensor parallelism, where "
+            "no device computes whole neurons; load it without tp_plan, on one device or with load_sharded_model."
+        )
     kind, activation = _KINDS[type(layout)], _activation(layout, base.config)
     return [kind(number, layer, layout, activation) for number, layer in enumerate(base.get_submodule(layout.layers))]
 
@@ -43,14 +50,35 @@ def dense_ffns(model: nn.Module) -> list[FFN]:
     """``find_ffns`` for what works on the projections of a dense FFN, as tuning does.
 
     Raises:
-        ArchitectureError: as ``find_ffns``, or the model is a mixture of experts.
+        ArchitectureError: as ``find_ffns`` and ``check_unshared``, or the model is a mixture of experts.
     """
     if isinstance(layout_of(model), ExpertLayout):
         raise ArchitectureError(
             f"This {model.config.model_type} model is a mixture of experts, whose neurons can be counted, selected and "
             "switched off but not tuned; tune a dense model."
         )
-    return find_ffns(model)
+    ffns = find_ffns(model)
+    check_unshared(model, ffns)
+    return ffns
+
+
+def check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
+    """Makes sure that no weight of an FFN projection is used in a second place, which tuning would change with it.
+
+    Raises:
+        ArchitectureError: two layers share a projection, or two modules a weight; the message names both.
+    """
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    for ffn in ffns:
+        for projection in ffn.projections.values():
+            shared = names[id(projection.weight)]
+            if len(shared) > 1:
+                raise ArchitectureError(
+                    f"{' and '.join(shared)} are one weight, so that tuning a neuron in one place would change it in "
+                    "the other; give each layer projections of its own."
+                )
 
 
 def check_neurons(ffns: Sequence[FFN] | Sequence[ExpertFFN], neurons: Sequence[torch.Tensor]) -> None:

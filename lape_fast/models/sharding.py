@@ -33,7 +33,7 @@ def load_sharded_model(
         A model whose decoder maps token ids to hidden states and whose head has no weights, and its tokenizer.
 
     Raises:
-        ConfigError: there is only one process; or as for ``load_model``.
+        ConfigError: there is only one process, or the checkpoint is quantised; or as for ``load_model``.
 
     Example:
         >>> with joined_world() as world:
@@ -46,6 +46,11 @@ def load_sharded_model(
     weights, buffers, facts = {}, {}, [None]
     if dist.get_rank() == 0:
         whole, tokenizer = load_model(name_or_path, dtype=dtype, device="cpu")
+        if getattr(whole.config, "quantization_config", None) is not None:
+            raise ConfigError(
+                f"{name_or_path} was saved quantised, and quantised weights cannot be shared among processes; leave "
+                "--fsdp away, or use a checkpoint in 16 bits."
+            )
         weights, buffers = decoder(whole).state_dict(), dict(decoder(whole).named_buffers())
         facts = [(whole.config, whole.dtype, tokenizer)]
     dist.broadcast_object_list(facts)
