@@ -132,7 +132,7 @@ def load(model: str, dtype: str, device: str | None, *, quantise: str | None = N
         return load_model(model, dtype=dtype, device=device, quantise=quantise)
     if quantise is not None:
         raise ConfigError(
-            f"A model shared among processes (--fsdp) cannot be quantised as {quantise}; use one of both."
+            f"A model shared among processes (--fsdp) cannot be quantised as {quantise}; use one or the other."
         )
     return load_sharded_model(model, dtype=dtype, device=device)
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lape_fast.errors import ArchitectureError
 from lape_fast.models.dense import FFN
@@ -37,10 +39,10 @@ def find_ffns(model: nn.Module) -> list[FFN] | list[ExpertFFN]:
                 f"This {model.config.model_type} model has {field} switched on in its config, which makes it compute "
                 f"around its projection modules; load it with {field} set to false."
             )
-    if (model.tp_size or 1) > 1:
+    if _is_tensor_parallel(model, base):
         raise ArchitectureError(
-            f"This {model.config.model_type} model is split among {model.tp_size} devices by tensor parallelism, where "
-            "no device computes whole neurons; load it without tp_plan, on one device or with load_sharded_model."
+            f"This {model.config.model_type} model is split among devices by tensor parallelism, which is not "
+            "supported; load it without tp_plan, on one device or with load_sharded_model."
         )
     kind, activation = _KINDS[type(layout)], _activation(layout, base.config)
     return [kind(number, layer, layout, activation) for number, layer in enumerate(base.get_submodule(layout.layers))]
@@ -118,6 +120,14 @@ def replaced(ffns: Sequence[FFN] | Sequence[ExpertFFN], modules: Sequence[nn.Mod
             ffn.replace(module)
             installed.callback(ffn.restore)
         yield
+
+
+def _is_tensor_parallel(model: nn.Module, base: nn.Module) -> bool:
+    if (model.tp_size or 1) > 1:
+        return True
+    # FSDP's weights are of this class too, but it makes them whole before each layer is computed.
+    split = any(isinstance(parameter, DTensor) for parameter in base.parameters())
+    return split and not any(isinstance(module, FSDPModule) for module in base.modules())
 
 
 def _activation(layout: Layout, config) -> str:

@@ -140,7 +140,7 @@ def loading_options(
     # torchao quantises nn.Linear only, and nothing here quantises experts.
     if isinstance(layout, ExpertLayout) or (layout.transposed and quantise == "torchao-int8"):
         raise ArchitectureError(
-            f"{quantise} would leave the FFNs of this {config.model_type} model as they are; load it without quantising."
+            f"{quantise} would leave the FFNs of this {config.model_type} model as they are; load it without quantise."
         )
     compute = config.dtype or torch.float32 if dtype == "auto" else dtype
     if compute == torch.float64:
