@@ -15,6 +15,7 @@ from lape_fast.errors import ConfigError
 from lape_fast.models.hidden_states import decoder
 from lape_fast.models.layouts import layout_of
 from lape_fast.models.loading import load_model
+from lape_fast.models.quantised import quantisation_of
 
 
 def load_sharded_model(
@@ -46,7 +47,7 @@ def load_sharded_model(
     weights, buffers, facts = {}, {}, [None]
     if dist.get_rank() == 0:
         whole, tokenizer = load_model(name_or_path, dtype=dtype, device="cpu")
-        if getattr(whole.config, "quantization_config", None) is not None:
+        if any(quantisation_of(module) is not None for module in whole.modules()):
             raise ConfigError(
                 f"{name_or_path} was saved quantised, and quantised weights cannot be shared among processes; leave "
                 "--fsdp away, or use a checkpoint in 16 bits."
