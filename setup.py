@@ -25,6 +25,12 @@ REQUIREMENTS = [
     "typer",
     "zstandard",
 ]
+# What only some users need, by the name of the extra: `pip install "lape-fast[quantise]"`.
+EXTRAS = {
+    "quantise": ["bitsandbytes>=0.50", "torchao>=0.18"],
+    "trl": ["trl>=1.16"],
+    "liger": ["liger-kernel>=0.8"],
+}
 TEST_REQUIREMENTS = ["ninja", "pybind11", "pytest", "pytest-benchmark", "pytest-timeout", "ruff"]
 
 # The kernels choose their instruction set when they run, so no flag depends on the machine that builds. Nobody reads
@@ -73,7 +79,7 @@ setup(
         "lape_fast.report": ["templates/*"],
     },
     install_requires=REQUIREMENTS,
-    extras_require={"test": TEST_REQUIREMENTS},
+    extras_require={**EXTRAS, "test": TEST_REQUIREMENTS + [each for extra in EXTRAS.values() for each in extra]},
     entry_points={"console_scripts": ["lape-fast = lape_fast.cli:main"]},
     **native_modules(),
 )

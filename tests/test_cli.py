@@ -100,6 +100,20 @@ def test_identify_writes_both_files_and_info_reads_them(workplace):
     assert json.loads(run("info", workplace / "out" / "counts.safetensors", "--json"))["languages"] == sorted(TEXTS)
 
 
+def test_the_neurons_of_a_quantised_model_are_of_its_base(workplace):
+    run(*identify(workplace, "out-nf4"), "--quantise", "nf4", *LOOSE_RULE)
+    names = [workplace / out / "counts.safetensors" for out in ("out", "out-nf4")]
+    plain, quantised = map(ActivationCounts.load, names)
+    assert quantised.metadata["config_hash"] == plain.metadata["config_hash"]
+    assert quantised.metadata["weights_hash"] != plain.metadata["weights_hash"]
+    assert not torch.equal(quantised.positive, plain.positive)
+    evaluate = ["evaluate", "--model", workplace / "base", "--corpus", workplace / "texts", "--json"]
+    plain, quantised = (json.loads(run(*evaluate, *options))["base"] for options in ([], ["--quantise", "int8"]))
+    for language in TEXTS:
+        exact, rounded = plain[language]["bits_per_byte"], quantised[language]["bits_per_byte"]
+        assert exact != rounded == pytest.approx(exact, rel=0.05)
+
+
 def test_count_then_select_equals_identify(workplace):
     counts = workplace / "only-counts.safetensors"
     model, corpus = workplace / "base", workplace / "texts"
@@ -378,6 +392,7 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
     tune = ["tune", "--model", base, "--corpus", texts, "--output", workplace / "new"]
     (workplace / "taken.png").touch()
     ablate = ["ablate", "--model", base, "--corpus", texts, "--neurons", neurons]
+    count = ["count", "--model", base, "--output", workplace / "n.safetensors"]
     for arguments, words in (
         (["info", workplace / "missing.safetensors"], "does not exist"),
         (["select", counts, "--output", neurons], "exists already"),
@@ -394,6 +409,8 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
         ([*tune, "--neurons", neurons, "--language", "mlt_Latn", "--method", "magic"], "'magic'"),
         (["evaluate", "--model", workplace / "nowhere", "--corpus", texts], "nowhere"),
         (["evaluate", "--model", base, "--corpus", workplace / "nowhere"], "nowhere"),
+        (["evaluate", "--model", base, "--corpus", texts, "--quantise", "gptq"], "use one of nf4, int8, torchao-int8"),
+        ([*count, "--quantise", "nf4", "--fsdp"], "cannot be quantised as nf4"),
         (["publish", texts, "--counts", counts, "--neurons", neurons], "texts exists already"),
         (["publish", workplace / "new", "--counts", neurons, "--neurons", neurons], "'neurons'"),
         ([*ablate, "--output", workplace / "ablation.csv"], "ending in .json"),

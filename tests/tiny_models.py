@@ -3,6 +3,7 @@
     model = tiny_model("llama")                     # 2 layers, hidden 32, FFN 48, float32, eval mode
     tokenizer = tiny_tokenizer()                    # byte-level BPE: any text in any script has tokens
     folder = save_tiny(tmp_path / "base")           # what load_model() and the command line read
+    model = quantised_tiny_model("nf4")             # hidden 64, FFN 128, projections quantised, bfloat16
 
 ``TINY_TYPES`` names every architecture of the layout table, for ``pytest.mark.parametrize``. The same arguments give
 the same weights, and the global random state is left as it was. Token ids 0, 1 and 2 are <bos>, <eos> and <pad>.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -121,6 +123,27 @@ def tiny_model(
             elif parameter.dim() in (2, 3):
                 torch.nn.init.normal_(parameter, std=hidden**-0.5)
     return model.eval()
+
+
+def quantised_tiny_model(
+    kind: str, model_type: str = "llama", dtype: torch.dtype = torch.bfloat16, *, hidden: int = 64, **model_arguments
+):
+    """``tiny_model`` as ``load_model`` quantises it, at the smallest size that bitsandbytes' blocks of 64 divide.
+
+    Args:
+        kind: "nf4", "int8" or "torchao-int8".
+        model_type, dtype, hidden, model_arguments: as for ``tiny_model``, whose weights these are before quantisation;
+            by default ``neurons`` is 128.
+    """
+    from lape_fast.models import load_model
+
+    arguments = {"neurons": 128, **model_arguments}
+    with tempfile.TemporaryDirectory() as folder:
+        save_tiny(folder, model_type, dtype=dtype, hidden=hidden, **arguments)
+        model, _ = load_model(folder, device="cpu", quantise=kind)
+    # The folder's name would make the same model another one at every call.
+    model.name_or_path = model.config.name_or_path = ""
+    return model
 
 
 def tiny_neurons(model_type: str) -> int:

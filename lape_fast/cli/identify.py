@@ -24,6 +24,7 @@ from lape_fast.cli.options import (
     MinTokens,
     Model,
     Output,
+    Quantise,
     RuleText,
     RuleTexts,
     ShardsPerLanguage,
@@ -65,6 +66,7 @@ def identify(
     rule: RuleText = "lape",
     min_tokens: MinTokens = 0,
     dtype: Dtype = "auto",
+    quantise: Quantise = None,
     device: Device = None,
     config: Config = None,
     as_json: Json = False,
@@ -93,7 +95,7 @@ def identify(
     with joined_world() as world:
         if world.is_main:
             note_ignored(opened)
-        loaded, tokenizer = load(model, dtype, device or world.device, sharded=fsdp)
+        loaded, tokenizer = load(model, dtype, device or world.device, quantise=quantise, sharded=fsdp)
         counts, neurons = identify_neurons(
             loaded,
             tokenizer,
@@ -135,6 +137,7 @@ def count(
     workers: Workers = None,
     fsdp: Fsdp = False,
     dtype: Dtype = "auto",
+    quantise: Quantise = None,
     device: Device = None,
     config: Config = None,
     as_json: Json = False,
@@ -163,7 +166,7 @@ def count(
     with joined_world() as world:
         if world.is_main:
             note_ignored(opened)
-        loaded, tokenizer = load(model, dtype, device or world.device, sharded=fsdp)
+        loaded, tokenizer = load(model, dtype, device or world.device, quantise=quantise, sharded=fsdp)
         counts = count_to_file(
             loaded,
             tokenizer,

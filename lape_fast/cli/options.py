@@ -100,6 +100,13 @@ MinTokens = Annotated[
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="cuda, cpu, ...; a GPU if there is one by default.")]
+Quantise = Annotated[
+    str | None,
+    typer.Option(
+        "--quantise",
+        help="Load the projections as nf4 or int8 (bitsandbytes) or torchao-int8, to save memory; off by default.",
+    ),
+]
 Output = Annotated[Path, typer.Option("--output", help="Where to write; nothing that exists is overwritten.")]
 Neurons = Annotated[Path, typer.Option("--neurons", help="Neuron file, as written by identify or select.")]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="Adapter folder, as written by tune.")]
@@ -117,11 +124,17 @@ def open_text(specs: list[str], lines: str | None, languages: str | None, text_c
     return open_corpus(specs, lines=lines, languages=split_codes(languages), text_column=text_column)
 
 
-def load(model: str, dtype: str, device: str | None, sharded: bool = False):
+def load(model: str, dtype: str, device: str | None, *, quantise: str | None = None, sharded: bool = False):
     """The model and the tokenizer that a command was given."""
     from lape_fast.models import load_model, load_sharded_model
 
-    return (load_sharded_model if sharded else load_model)(model, dtype=dtype, device=device)
+    if not sharded:
+        return load_model(model, dtype=dtype, device=device, quantise=quantise)
+    if quantise is not None:
+        raise ConfigError(
+            f"A model shared among processes (--fsdp) cannot be quantised as {quantise}; use one or the other."
+        )
+    return load_sharded_model(model, dtype=dtype, device=device)
 
 
 def split_codes(languages: str | None) -> list[str] | None:

@@ -21,6 +21,7 @@ from lape_fast.cli.options import (
     Lines,
     Model,
     Neurons,
+    Quantise,
     TextColumn,
     load,
     open_text,
@@ -39,6 +40,7 @@ def evaluate(
     context_length: ContextLength = 512,
     batch_tokens: BatchTokens = 8192,
     dtype: Dtype = "auto",
+    quantise: Quantise = None,
     device: Device = None,
     config: Config = None,
     as_json: Json = False,
@@ -52,7 +54,7 @@ def evaluate(
     from lape_fast.tune import load_adapter
 
     opened = open_text(corpus, lines, languages, text_column)
-    loaded, tokenizer = load(model, dtype, device)
+    loaded, tokenizer = load(model, dtype, device, quantise=quantise)
     text = prepare_text(loaded, tokenizer, opened, context_length=context_length, batch_tokens=batch_tokens)
     columns = {"base": score(loaded, text, "evaluating the base")}
     if adapter is not None:

@@ -19,6 +19,7 @@ from lape_fast.cli.options import (
     Model,
     Neurons,
     Output,
+    Quantise,
     TextColumn,
     load,
     open_text,
@@ -51,6 +52,7 @@ def tune(
     rows_per_step: Annotated[int, typer.Option("--rows-per-step", min=1, help="Rows per optimizer step.")] = 8,
     seed: Annotated[int, typer.Option("--seed", help="Of the row order, and of the random neurons.")] = 0,
     dtype: Dtype = "auto",
+    quantise: Quantise = None,
     device: Device = None,
     config: Config = None,
     as_json: Json = False,
@@ -75,7 +77,7 @@ def tune(
         weight_decay=weight_decay,
         seed=seed,
     )
-    loaded, tokenizer = load(model, dtype, device)
+    loaded, tokenizer = load(model, dtype, device, quantise=quantise)
     _, report = tune_language(loaded, tokenizer, opened, choice, output, settings, validation)
     facts = {
         "adapter": str(output),

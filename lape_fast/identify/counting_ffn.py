@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_fast.errors import ArchitectureError
@@ -34,7 +33,7 @@ class CountingFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
         if self.last:
-            gate, up = F.linear(x, self.ffn.gate_weight, self.ffn.gate_bias), None
+            gate, up = self.ffn.project_gate(x), None
         else:
             gate, up = self.ffn.project(x)
         # OPT flattens the leading dimensions; the ids follow.

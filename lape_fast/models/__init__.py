@@ -2,10 +2,11 @@
 
 from lape_fast.models.dense import FFN
 from lape_fast.models.experts import ExpertFFN
-from lape_fast.models.ffn import check_neurons, check_size, dense_ffns, find_ffns, replaced
+from lape_fast.models.ffn import check_neurons, check_size, check_unshared, dense_ffns, find_ffns, replaced
 from lape_fast.models.hidden_states import decoder, forward_hidden, supports_packing, without_final_norm
 from lape_fast.models.layouts import layout_of
 from lape_fast.models.loading import load_model, model_identity, tokenizer_hash, weights_hash
+from lape_fast.models.quantised import dequantise, dequantise_model, quantisation_of
 from lape_fast.models.sharding import load_sharded_model
 
 __all__ = [
@@ -13,14 +14,18 @@ __all__ = [
     "ExpertFFN",
     "check_neurons",
     "check_size",
+    "check_unshared",
     "decoder",
     "dense_ffns",
+    "dequantise",
+    "dequantise_model",
     "find_ffns",
     "forward_hidden",
     "layout_of",
     "load_model",
     "load_sharded_model",
     "model_identity",
+    "quantisation_of",
     "replaced",
     "supports_packing",
     "tokenizer_hash",

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lape_fast.errors import ArchitectureError
 from lape_fast.models.layouts import WEIGHT_DTYPES, DenseLayout
+from lape_fast.models.quantised import KINDS, dequantise, keep_as_stored, quantisation_of
+
+_LOAD_OTHERWISE = (
+    f"load the model in float16, bfloat16 or float32, or quantised as {', '.join(kind.name for kind in KINDS)}"
+)
 
 
 class FFN:
@@ -15,6 +21,9 @@ class FFN:
 
     The weights and biases are views of the live parameters, made anew at every access: write through them under
     ``torch.no_grad()`` and the model changes. They stay valid while the FFN is replaced.
+
+    A quantised projection has no such weight: what is read is dequantised at every access, a fresh tensor in the
+    dtype of the layer's activations. Writing to it changes nothing; ask ``quantised`` before you write.
 
     Attributes:
         layer: the layer's number, from 0.
@@ -25,6 +34,7 @@ class FFN:
         hidden_size: D.
         norm: the norm whose output is the block's input and nothing else's, where the table names it; else None.
         decoder_layer: the layer of the decoder that the block is in.
+        quantised: how the projections are quantised, such as "bitsandbytes LLM.int8"; None if none of them is.
         projections: the original projection modules by name: "gate", "up" and "down"; "gate_up" and "down" where
             they are fused; "gate" and "down" without a gate. A module that replaces the FFN owns them by
             ``self.projections = nn.ModuleDict(ffn.projections)``, so that ``parameters()`` and ``to()`` find them.
@@ -41,7 +51,13 @@ class FFN:
         self._gate = self._projection(layout.gate)
         self._up = self._projection(layout.up) if self.gated else None
         self._down = self._projection(layout.down)
-        self.hidden_size, self.neurons = self.down_weight.shape  # [D, F]
+        modules = [module for module in (self._gate, self._up, self._down) if module is not None]
+        kinds = [kind.name for kind in map(quantisation_of, modules) if kind is not None]
+        self.quantised = kinds[0] if kinds else None
+        keep_as_stored(modules)
+        # Norms and biases are never quantised; a quantised weight need not say what it computes in.
+        self._dtype = next(parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point())
+        self.hidden_size, self.neurons = self._shape(self._down)  # [D, F]
         if layout.fused:
             self.projections = {"gate_up": self._gate, "down": self._down}
         else:
@@ -58,8 +74,8 @@ class FFN:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self._gate.weight.dtype
+        """Of the weights, or of what quantised weights compute in."""
+        return self._dtype if self.quantised else self._gate.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -68,23 +84,23 @@ class FFN:
 
     @property
     def writable(self) -> bool:
-        """Whether rows of the weights can be written in place: not where each process holds a share of them."""
-        return not isinstance(self._gate.weight, DTensor)
+        """Whether single rows can be written: not of quantised weights, nor where each process holds a share."""
+        return not self.quantised and not isinstance(self._gate.weight, DTensor)
 
     @property
     def gate_weight(self) -> torch.Tensor:
         """[F, D]"""
-        return self._part(self._oriented(self._gate.weight), 0)
+        return self._part(self._weight(self._gate), 0)
 
     @property
     def up_weight(self) -> torch.Tensor | None:
         """[F, D], or None in an ungated FFN."""
-        return self._part(self._oriented(self._up.weight), 1) if self.gated else None
+        return self._part(self._weight(self._up), 1) if self.gated else None
 
     @property
     def down_weight(self) -> torch.Tensor:
         """[D, F]"""
-        return self._oriented(self._down.weight)
+        return self._weight(self._down)
 
     @property
     def gate_bias(self) -> torch.Tensor | None:
@@ -115,17 +131,29 @@ class FFN:
         both = self._gate(x)  # [..., 2F]
         return both[..., : self.neurons], both[..., self.neurons :]
 
+    def project_gate(self, x: torch.Tensor) -> torch.Tensor:
+        """The gate of ``project`` alone, without the work for up where that is possible: [..., D] -> [..., F]."""
+        if not self._layout.fused:
+            return self._gate(x)
+        if self.quantised:
+            return self.project(x)[0]
+        return F.linear(x, self.gate_weight, self.gate_bias)
+
     def project_down(self, h: torch.Tensor) -> torch.Tensor:
         """Applies the original output projection: [..., F] -> [..., D]."""
         return self._down(h)
 
     def outgoing(self, neurons: torch.Tensor) -> torch.Tensor:
-        """A copy of the weights by which ``neurons`` reach the rest of the model, [K, D]: their columns of down."""
-        return self.down_weight.data.t()[neurons]
+        """A copy of the weights by which ``neurons`` reach the rest of the model, [K, D]: their columns of down.
+
+        Raises:
+            ArchitectureError: the down projection is quantised, so that ``set_outgoing`` could not put them back.
+        """
+        return self._writable_down()[neurons]
 
     def set_outgoing(self, neurons: torch.Tensor, values: torch.Tensor) -> None:
         """Writes what ``outgoing`` reads."""
-        self.down_weight.data.t()[neurons] = values
+        self._writable_down()[neurons] = values
 
     def replace(self, module: nn.Module, *, with_norm: bool = False) -> None:
         """Puts ``module`` where this FFN is computed, until ``restore``.
@@ -174,8 +202,25 @@ class FFN:
             parent, _, name = path.rpartition(".")
             setattr(self.decoder_layer.get_submodule(parent), name, module)
 
-    def _oriented(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.t() if self._layout.transposed else weight
+    def _writable_down(self) -> torch.Tensor:  # [F, D]
+        kind = quantisation_of(self._down)
+        if kind is not None:
+            raise ArchitectureError(
+                f"The down projection of layer {self.layer} is quantised ({kind.name}), so the weights of single "
+                "neurons cannot be changed in place; load the model in float16, bfloat16 or float32."
+            )
+        return self.down_weight.data.t()
+
+    def _weight(self, projection: nn.Module) -> torch.Tensor:
+        if quantisation_of(projection) is not None:
+            # [outputs, inputs] even where it took the place of a Conv1D.
+            return dequantise(projection, self._dtype)
+        return projection.weight.t() if self._layout.transposed else projection.weight
+
+    def _shape(self, projection: nn.Module) -> tuple[int, int]:
+        if quantisation_of(projection) is not None:
+            return projection.out_features, projection.in_features
+        return tuple(self._weight(projection).shape)
 
     def _part(self, tensor: torch.Tensor | None, part: int) -> torch.Tensor | None:
         # Slices rather than chunk: autograd refuses in-place writes to the views that chunk returns.
@@ -193,14 +238,18 @@ class FFN:
                 f"Layer {self.layer} has no {path}, so its FFN has been replaced or its code differs from the one the "
                 "table describes; restore the original FFN, or correct the row in lape_fast/models/layouts.py."
             ) from error
+        if quantisation_of(projection) is not None:
+            return projection
         if not isinstance(projection, Conv1D if self._layout.transposed else nn.Linear):
             raise ArchitectureError(
                 f"{path} of layer {self.layer} is a {type(projection).__name__} where a plain projection is needed; "
-                "restore the original FFN, or merge and unload the adapter that wraps it."
+                f"restore the original FFN, merge and unload the adapter that wraps it, or {_LOAD_OTHERWISE}."
             )
-        if projection.weight.dtype not in WEIGHT_DTYPES:
+        weight = projection.weight
+        # A quantised tensor may claim the dtype that it dequantises to.
+        if weight.dtype not in WEIGHT_DTYPES or type(weight).dequantize is not torch.Tensor.dequantize:
             raise ArchitectureError(
-                f"{path} of layer {self.layer} stores its weight as {projection.weight.dtype}, so it is quantised; "
-                "load the model in float16, bfloat16 or float32."
+                f"{path} of layer {self.layer} stores its weight as {type(weight).__name__} of {weight.dtype}, a kind "
+                f"of quantisation that is not supported; {_LOAD_OTHERWISE}."
             )
         return projection

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lape_fast.errors import ArchitectureError
 from lape_fast.models.dense import FFN
@@ -24,8 +27,9 @@ def find_ffns(model: nn.Module) -> list[FFN] | list[ExpertFFN]:
     An FFN that a module with an attribute ``ffn`` computes is found through that attribute.
 
     Raises:
-        ArchitectureError: unknown architecture or activation, projections that are quantised, wrapped or replaced by
-            something else, a config whose code goes around the projections, or dense layers in a mixture of experts.
+        ArchitectureError: unknown architecture or activation, projections that are wrapped, replaced by something
+            else, split by tensor parallelism or quantised in a way that is not supported, a config whose code goes
+            around the projections, or dense layers in a mixture of experts.
 
     Example:
         >>> find_ffns(model)[0].gate_weight.shape  # [F, D]
@@ -37,6 +41,11 @@ def find_ffns(model: nn.Module) -> list[FFN] | list[ExpertFFN]:
                 f"This {model.config.model_type} model has {field} switched on in its config, which makes it compute "
                 f"around its projection modules; load it with {field} set to false."
             )
+    if _is_tensor_parallel(model, base):
+        raise ArchitectureError(
+            f"This {model.config.model_type} model is split among devices by tensor parallelism, which is not "
+            "supported; load it without tp_plan, on one device or with load_sharded_model."
+        )
     kind, activation = _KINDS[type(layout)], _activation(layout, base.config)
     layers = enumerate(base.get_submodule(layout.layers))
     return [_installed(layer, layout) or kind(number, layer, layout, activation) for number, layer in layers]
@@ -46,14 +55,35 @@ def dense_ffns(model: nn.Module) -> list[FFN]:
     """``find_ffns`` for what works on the projections of a dense FFN, as tuning does.
 
     Raises:
-        ArchitectureError: as ``find_ffns``, or the model is a mixture of experts.
+        ArchitectureError: as ``find_ffns`` and ``check_unshared``, or the model is a mixture of experts.
     """
     if isinstance(layout_of(model), ExpertLayout):
         raise ArchitectureError(
             f"This {model.config.model_type} model is a mixture of experts, whose neurons can be counted, selected and "
             "switched off but not tuned; tune a dense model."
         )
-    return find_ffns(model)
+    ffns = find_ffns(model)
+    check_unshared(model, ffns)
+    return ffns
+
+
+def check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
+    """Makes sure that no weight of an FFN projection is used in a second place, which tuning would change with it.
+
+    Raises:
+        ArchitectureError: two layers share a projection, or two modules a weight; the message names both.
+    """
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    for ffn in ffns:
+        for projection in ffn.projections.values():
+            shared = names[id(projection.weight)]
+            if len(shared) > 1:
+                raise ArchitectureError(
+                    f"{' and '.join(shared)} are one weight, so that tuning a neuron in one place would change it in "
+                    "the other; give each layer projections of its own."
+                )
 
 
 def check_neurons(ffns: Sequence[FFN] | Sequence[ExpertFFN], neurons: Sequence[torch.Tensor]) -> None:
@@ -113,6 +143,14 @@ def _installed(layer: nn.Module, layout: Layout) -> FFN | None:
     if not isinstance(layout, DenseLayout):
         return None
     return getattr(layer.get_submodule(layout.replaced), "ffn", None)
+
+
+def _is_tensor_parallel(model: nn.Module, base: nn.Module) -> bool:
+    if (model.tp_size or 1) > 1:
+        return True
+    # FSDP's weights are of this class too, but it makes them whole before each layer is computed.
+    split = any(isinstance(parameter, DTensor) for parameter in base.parameters())
+    return split and not any(isinstance(module, FSDPModule) for module in base.modules())
 
 
 def _activation(layout: Layout, config) -> str:

@@ -20,6 +20,7 @@ from lape_fast.files import json_hash
 from lape_fast.models.ffn import find_ffns
 from lape_fast.models.hidden_states import decoder
 from lape_fast.models.layouts import check_known
+from lape_fast.models.quantised import Quantise, keep_as_stored, loading_options
 
 DTYPES = {
     "auto": "auto",
@@ -29,7 +30,8 @@ DTYPES = {
     "float64": torch.float64,
 }
 
-# Config fields that leave the hidden states of a forward pass as they are; every dropout joins them.
+# Config fields that leave the hidden states of a forward pass as they are; every dropout joins them. Quantisation is
+# how a model is loaded and not which model it is: its neurons and adapters are those of its base.
 _WITHOUT_EFFECT = {
     "_name_or_path",
     "architectures",
@@ -46,6 +48,7 @@ _WITHOUT_EFFECT = {
     "output_hidden_states",
     "pad_token_id",
     "problem_type",
+    "quantization_config",
     "return_dict",
     "torch_dtype",
     "transformers_version",
@@ -59,7 +62,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def load_model(
-    name_or_path: str | os.PathLike, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+    name_or_path: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    quantise: Quantise | None = None,
 ) -> tuple[Any, Any]:
     """Loads a causal language model and its tokenizer, ready to be evaluated.
 
@@ -69,13 +76,17 @@ def load_model(
         name_or_path: a folder written by ``save_pretrained``, or a hub id.
         dtype: a torch dtype or its name; "auto" keeps the checkpoint's.
         device: where the model goes; None means cuda where there is one, else cpu.
+        quantise: how to store the projections: "nf4" or "int8" of bitsandbytes, or "torchao-int8"; all compute in
+            ``dtype`` and need the extra ``lape-fast[quantise]``. A checkpoint that was saved quantised stays so.
 
     Returns:
         The ``AutoModelForCausalLM`` in eval mode, and its tokenizer.
 
     Raises:
-        ConfigError: the model, its weights or its tokenizer cannot be found or read, or dtype or device is unknown.
-        ArchitectureError: the table of FFN layouts lacks the architecture, or weights are missing from the checkpoint.
+        ConfigError: the model, its weights or its tokenizer cannot be found or read; dtype, device or quantise is
+            unknown; or what quantise needs is not installed.
+        ArchitectureError: the table of FFN layouts lacks the architecture, its FFNs cannot be quantised so, or weights
+            are missing from the checkpoint.
 
     Example:
         >>> model, tokenizer = load_model("meta-llama/Llama-3.1-8B", dtype="bfloat16")
@@ -88,6 +99,7 @@ def load_model(
     # The config first: an unknown architecture is refused before gigabytes of weights are read.
     config = _attempt("config", name, lambda: AutoConfig.from_pretrained(name, **options))
     check_known(config.model_type)
+    quantisation = loading_options(name, config, quantise, torch_dtype, torch_device)
     tokenizer = _attempt("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, **options))
     # transformers makes an empty tokenizer of some classes when there is no file to read.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -99,7 +111,7 @@ def load_model(
         "weights",
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch_dtype, output_loading_info=True, **options
+            name, config=config, dtype=torch_dtype, output_loading_info=True, **options, **quantisation
         ),
     )
     if missing := sorted(report["missing_keys"]):
@@ -110,6 +122,7 @@ def load_model(
     if model.dtype == torch.float64:
         # The grouped products that transformers computes experts by know no float64.
         model.set_experts_implementation("eager")
+    keep_as_stored(model.modules())
     return model.to(torch_device).eval(), tokenizer
 
 
@@ -142,6 +155,9 @@ def weights_hash(model) -> str:
     digest = hashlib.sha256()
     for name, parameter in decoder(model).named_parameters():
         values = parameter.detach()
+        if type(values).dequantize is not torch.Tensor.dequantize:
+            # torchao's tensors cannot be sliced as they are stored.
+            values = values.dequantize()
         values = (values.full_tensor() if isinstance(values, DTensor) else values).flatten()
         sample = values[:: max(1, len(values) // WEIGHTS_SAMPLED)][:WEIGHTS_SAMPLED]
         digest.update(name.encode())

@@ -15,6 +15,7 @@ from lape_fast.errors import ConfigError
 from lape_fast.models.hidden_states import decoder
 from lape_fast.models.layouts import layout_of
 from lape_fast.models.loading import load_model
+from lape_fast.models.quantised import quantisation_of
 
 
 def load_sharded_model(
@@ -33,7 +34,7 @@ def load_sharded_model(
         A model whose decoder maps token ids to hidden states and whose head has no weights, and its tokenizer.
 
     Raises:
-        ConfigError: there is only one process; or as for ``load_model``.
+        ConfigError: there is only one process, or the checkpoint is quantised; or as for ``load_model``.
 
     Example:
         >>> with joined_world() as world:
@@ -46,6 +47,11 @@ def load_sharded_model(
     weights, buffers, facts = {}, {}, [None]
     if dist.get_rank() == 0:
         whole, tokenizer = load_model(name_or_path, dtype=dtype, device="cpu")
+        if any(quantisation_of(module) is not None for module in whole.modules()):
+            raise ConfigError(
+                f"{name_or_path} was saved quantised, and quantised weights cannot be shared among processes; leave "
+                "--fsdp away, or use a checkpoint in 16 bits."
+            )
         weights, buffers = decoder(whole).state_dict(), dict(decoder(whole).named_buffers())
         facts = [(whole.config, whole.dtype, tokenizer)]
     dist.broadcast_object_list(facts)

@@ -35,7 +35,7 @@ def silenced(model: nn.Module, neurons: Sequence[Tensor]) -> Iterator[None]:
         neurons: one index tensor per layer.
 
     Raises:
-        ArchitectureError: the neurons do not fit the model.
+        ArchitectureError: the neurons do not fit the model, or its weights are quantised.
 
     Example:
         >>> with silenced(model, neurons["mlt_Latn"]):
@@ -74,7 +74,7 @@ def ablate_neurons(
         checkpoint: a file that keeps every finished row, and from which the run goes on when it exists.
 
     Raises:
-        ArchitectureError: the neurons are of a model of another size.
+        ArchitectureError: the neurons are of a model of another size, or the model's weights are quantised.
         LanguageError: no language to switch off, or one that ``neurons`` lacks.
         ConfigError: the checkpoint belongs to another run.
 
@@ -85,6 +85,9 @@ def ablate_neurons(
     ablated = _ablated(neurons, text, languages)
     run = ablation_identity(model, neurons, text, ablated)
     neurons.check_model(run["layers"], run["neurons_per_layer"])
+    # A model whose neurons cannot be switched off is refused before the intact one is measured.
+    with silenced(model, [torch.empty(0, dtype=torch.int64)] * run["layers"]):
+        pass
     rows = len(text.packed.input_ids)
     measured = _finished_rows(checkpoint, run)  # the intact model's, then one for each language
     with progress_bar("ablating", rows * (1 + len(ablated))) as advance:

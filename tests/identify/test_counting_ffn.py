@@ -10,7 +10,7 @@ from lape_fast.identify import counting_ffns
 from lape_fast.identify.counting_ffn import by_language, count_batch, set_by_language, zero_counts
 from lape_fast.models import decoder, find_ffns, forward_hidden, layout_of
 from lape_fast.text import Packed
-from tests.tiny_models import EXPERT_TYPES, EXPERTS, TINY_TYPES, VOCABULARY, tiny_model
+from tests.tiny_models import EXPERT_TYPES, EXPERTS, TINY_TYPES, VOCABULARY, quantised_tiny_model, tiny_model
 
 LANGUAGES = 3
 
@@ -47,6 +47,27 @@ def test_leaving_out_what_the_head_needs_changes_no_count(model_type, fields):
     assert len(norm_calls) == (norm is not None)
     assert torch.equal(*counted)
     assert counted[0][0].sum() > 0 and counted[0][2].sum() > 0 and counted[0][1].sum() == 0
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])
+def test_a_quantised_model_is_counted_by_its_own_gates(model_type, kind):
+    model, packed = quantised_tiny_model(kind, model_type), one_document_a_row()
+    ffns, fired = find_ffns(model), []
+    for ffn in ffns:
+        name = "gate_up" if "gate_up" in ffn.projections else "gate"
+        ffn.projections[name].register_forward_hook(lambda module, inputs, gate: fired.append(gate[..., :128] > 0))
+    counts = zero_counts(model, LANGUAGES)
+    with counting_ffns(model, counts) as modules:
+        count_batch(model, modules, packed)
+    # The rows are of the languages 0 and 2; the first token of each is not counted.
+    expected = torch.stack([gate.view(2, 16, 128)[:, 1:].sum(1) for gate in fired])
+    assert len(fired) == len(ffns)
+    assert torch.equal(counts[:, 0, ::2], expected) and counts[:, 0, 1].sum() == 0
+    # What inference has left behind must not be in the way of tuning.
+    embeddings = model.get_input_embeddings().weight.requires_grad_()
+    model(packed.input_ids).logits.sum().backward()
+    assert embeddings.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("model_type", TINY_TYPES)

@@ -15,7 +15,7 @@ from lape_fast.identify.counts import TENSORS
 from lape_fast.models import decoder, load_model, load_sharded_model, model_identity, weights_hash
 from lape_fast.text import open_corpus
 from tests.identify.processes import run_together
-from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny_models import quantised_tiny_model, save_tiny, tiny_model, tiny_tokenizer
 
 LANGUAGES = ("cym_Latn", "eng_Latn", "isl_Latn", "kat_Geor", "mlt_Latn")
 
@@ -152,6 +152,20 @@ def test_a_sharded_model_counts_what_a_whole_one_counts(corpus, tmp_path, model_
 def test_a_single_process_cannot_share_a_model(tmp_path):
     with pytest.raises(ConfigError, match="torchrun"):
         load_sharded_model(save_tiny(tmp_path / "base"))
+
+
+def test_a_quantised_model_is_not_shared(tmp_path):
+    quantised_tiny_model("nf4").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+
+    def load():
+        with joined_world() as world:
+            # Only the first process reads the model; the other finds that it has ended.
+            with pytest.raises(RuntimeError if world.rank else ConfigError) as refused:
+                load_sharded_model(tmp_path, device=world.device)
+            return str(refused.value)
+
+    assert "was saved quantised, and quantised weights cannot be shared" in run_together(load, 2)[0]
 
 
 def test_a_process_that_ends_is_one_sentence_in_the_others():

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lape_fast.errors import ArchitectureError
-from lape_fast.models import decoder, find_ffns, replaced
+from lape_fast.models import check_unshared, decoder, dense_ffns, find_ffns, replaced
 from lape_fast.models.layouts import ACTIVATION_NAMES, LAYOUTS
 from lape_fast.ops import ACTIVATIONS
-from tests.tiny_models import DENSE_TYPES, TINY_TYPES, VOCABULARY, tiny_model
+from tests.identify.processes import run_together
+from tests.tiny_models import DENSE_TYPES, TINY_TYPES, VOCABULARY, quantised_tiny_model, save_tiny, tiny_model
 
 TORCH_ACTIVATIONS = {
     "silu": F.silu,
@@ -342,6 +343,55 @@ def test_quantised_and_wrapped_projections_are_refused():
     model.model.layers[0].mlp.gate_proj = nn.Sequential(model.model.layers[0].mlp.gate_proj)
     with pytest.raises(ArchitectureError, match="Sequential where a plain projection is needed"):
         find_ffns(model)
+
+
+def share_module(layers):
+    layers[1].mlp.down_proj = layers[0].mlp.down_proj
+
+
+def share_weight(layers):
+    layers[1].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
+
+
+def share_layer(layers):
+    layers[1] = layers[0]
+
+
+@pytest.mark.parametrize("share", [share_module, share_weight, share_layer])
+@pytest.mark.parametrize("build", [tiny_model, lambda: quantised_tiny_model("nf4")], ids=["plain", "nf4"])
+def test_shared_projections_can_be_counted_but_not_tuned(share, build):
+    model = build()
+    check_unshared(model, dense_ffns(model))
+    share(model.model.layers)
+    ffns = find_ffns(model)
+    names = r"model\.layers\.0\.mlp\.\w+\.weight and model\.layers\.1\.mlp\.\w+\.weight are one weight"
+    for check in (lambda: check_unshared(model, ffns), lambda: dense_ffns(model)):
+        with pytest.raises(ArchitectureError, match=names):
+            check()
+
+
+@pytest.mark.parametrize("model_type", DENSE_TYPES)
+def test_tied_embeddings_are_no_shared_projection(model_type):
+    model = tiny_model(model_type, tie_word_embeddings=True)
+    assert len(dense_ffns(model)) == 2
+
+
+def test_tensor_parallelism_is_refused_and_sharding_is_not(tmp_path):
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    base = save_tiny(tmp_path)
+
+    def find(**sizes):
+        model = AutoModelForCausalLM.from_pretrained(base, distributed_config=DistributedConfig(**sizes))
+        try:
+            return tuple(find_ffns(model)[0].gate_weight.shape)
+        except ArchitectureError as error:
+            return str(error)
+
+    for answer in run_together(lambda: find(tp_size=2), 2):
+        assert "tensor parallelism, which is not supported; load it without tp_plan" in answer
+    assert run_together(lambda: find(fsdp_size=2), 2) == [(48, 32)] * 2
 
 
 @pytest.mark.parametrize("model_type", TINY_TYPES)

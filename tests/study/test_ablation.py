@@ -20,7 +20,7 @@ from lape_fast.study import AblationMatrix, ablate_neurons, ablate_to_file, prep
 from lape_fast.text import open_corpus
 from tests.report.samples import matrix_of
 from tests.test_cli import run
-from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny_models import quantised_tiny_model, save_tiny, tiny_model, tiny_tokenizer
 
 TEXTS = {
     "deu_Latn": ["Die Katze saß auf der Matte.", "Guten Morgen!"],
@@ -110,6 +110,14 @@ def test_neurons_of_another_model_are_refused_before_anything_is_measured(folder
     passes = Passes(model)
     with pytest.raises(ArchitectureError, match="3 layers"):
         ablate_neurons(model, NeuronSet.from_lists({"mt": [[1]] * 3}, 48), text_of(folder, model))
+    assert passes.count == 0
+
+
+def test_a_quantised_model_is_refused_before_anything_is_measured(folder):
+    model = quantised_tiny_model("nf4", neurons=64)
+    passes = Passes(model)
+    with pytest.raises(ArchitectureError, match="down projection of layer 0 is quantised"):
+        ablate_neurons(model, NeuronSet.from_lists(NEURONS, neurons_per_layer=64), text_of(folder, model))
     assert passes.count == 0
 
 
