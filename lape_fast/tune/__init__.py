@@ -1,6 +1,6 @@
 """Tuning: the subnetwork FFN, its adapters, and training on packed rows."""
 
-from lape_fast.tune.adapter import load_adapter, read_adapter_config, write_adapter
+from lape_fast.tune.adapter import load_adapter, merge_adapter, read_adapter_config, write_adapter
 from lape_fast.tune.base_model import BaseSize, train_base_model
 from lape_fast.tune.subnetwork import Subnetwork, attach_subnetwork
 from lape_fast.tune.subnetwork_ffn import Policy, Storage, SubnetworkFFN
@@ -17,6 +17,7 @@ __all__ = [
     "TrainingSettings",
     "attach_subnetwork",
     "load_adapter",
+    "merge_adapter",
     "read_adapter_config",
     "train_base_model",
     "tune_language",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lape_fast.errors import ArchitectureError, FileFormatError
 from lape_fast.files import read_json, read_safetensors, write_json, write_tensors
-from lape_fast.models import model_identity
+from lape_fast.models import dequantise_model, model_identity
 from lape_fast.tune.subnetwork import Subnetwork, attach_subnetwork
 from lape_fast.tune.subnetwork_ffn import Policy, Storage
 
@@ -77,6 +77,34 @@ def load_adapter(
         subnetwork.detach(keep=False)
         raise
     return subnetwork
+
+
+def merge_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
+    """The base with an adapter's values in its weights; a quantised base is dequantised first.
+
+    Args:
+        model: the base that the adapter was trained on; it is changed.
+        folder: an adapter folder.
+
+    Raises:
+        FileFormatError, ArchitectureError: as for ``load_adapter``.
+
+    Example:
+        >>> merge_adapter(model, "adapters/mlt_Latn").save_pretrained("llama-mlt")
+    """
+    subnetwork = load_adapter(model, folder)
+    if all(layer.ffn.writable for layer in subnetwork.layers):
+        subnetwork.detach(keep=True)
+        return model
+    values = [parameter.detach() for parameter in subnetwork.parameters()]
+    neurons = decode_neurons(read_adapter_config(folder)["neurons"])
+    subnetwork.detach(keep=False)
+    plain = attach_subnetwork(dequantise_model(model), neurons)
+    with torch.no_grad():
+        for parameter, value in zip(plain.parameters(), values, strict=True):
+            parameter.copy_(value)
+    plain.detach(keep=True)
+    return model
 
 
 def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:

@@ -64,7 +64,8 @@ class SubnetworkConfig(PeftConfig):
     """Which neurons to tune, and how: a configuration of PEFT.
 
     Attributes:
-        neurons: a neuron file, the neurons themselves, or (as an adapter's file holds them) a line per layer.
+        neurons: a neuron file, a ``NeuronSet``, or the language's neurons themselves: an index tensor per layer, or (as
+            an adapter's file holds them) a line of numbers per layer.
         language: whose neurons.
         method: the language's own neurons, or an equally large random set that shares none with them.
         policy: what a subnetwork FFN keeps for its backward pass: save, recompute, checkpoint or auto.
@@ -99,7 +100,9 @@ class SubnetworkConfig(PeftConfig):
         self.task_type = self.task_type or "CAUSAL_LM"
         if self.method not in get_args(Method):
             raise ConfigError(f"The method {self.method!r} is unknown; choose one of {', '.join(get_args(Method))}.")
-        if isinstance(self.neurons, list):
+        if isinstance(self.neurons, list | tuple):
+            if any(isinstance(chosen, Tensor) for chosen in self.neurons):
+                self.neurons = encode_neurons(self.neurons)
             return
         if self.neurons is None:
             raise ConfigError("A SubnetworkConfig needs neurons: name a neuron file, such as neurons.safetensors.")

@@ -154,7 +154,6 @@ class SubnetworkFFN(nn.Module):
         """
         if self.held is not None:
             self._write(self.held, self.masters())
-            self._written = self._stamp()
 
     def synchronize_if_changed(self) -> None:
         """``synchronize`` if the held masters show that they were written since."""
@@ -207,8 +206,9 @@ class SubnetworkFFN(nn.Module):
         return weight.T if part == PARTS[2] else weight
 
     def note_write(self) -> None:
-        """Counts a change of the base, so that a graph from before it is noticed."""
+        """Tells that the base now holds what the masters say, so that a graph from before it is noticed."""
         self.writes += 1
+        self._written = self._stamp()
 
     def set_policy(self, policy: Policy) -> None:
         """Chooses what is kept for backward, for this block and (``checkpoint``) its decoder layer.

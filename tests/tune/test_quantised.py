@@ -1,0 +1,124 @@
+"""Tuning on quantised bases: the trained values lie over the base, whose bytes never change."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from lape_fast.errors import AdapterError, ArchitectureError
+from lape_fast.identify import NeuronSet
+from lape_fast.models import dequantise_model, find_ffns
+from lape_fast.tune import SubnetworkConfig, attach_subnetwork, load_adapter, merge_adapter
+from tests.tiny_models import quantised_tiny_model, tiny_model
+from tests.tune.test_subnetwork import batch, neurons_of
+
+KINDS = ["nf4", "int8", "torchao-int8"]
+
+
+def base_bytes(model) -> str:
+    """A hash of every byte of the base, its scales among them."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor) and "trained_" not in name:
+            plain = value.tensor_impl if hasattr(value, "tensor_impl") else value
+            for part in _plain_tensors(plain):
+                digest.update(part.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _plain_tensors(value):
+    if hasattr(value, "__tensor_flatten__") and type(value) not in (torch.Tensor, torch.nn.Parameter):
+        names, _ = value.__tensor_flatten__()
+        return [part for name in names for part in _plain_tensors(getattr(value, name))]
+    return [value]
+
+
+def dense_gradients(model, neurons):
+    """Gradients of the same rows and columns by autograd on the dequantised model."""
+    plain = dequantise_model(model).requires_grad_(True).train()
+    plain(**batch()).loss.backward()
+    return [
+        (ffn.gate_weight.grad[chosen], ffn.up_weight.grad[chosen], ffn.down_weight.grad[:, chosen].T)
+        for ffn, chosen in zip(find_ffns(plain), neurons, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("policy", ["save", "recompute", "checkpoint"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_dequantised_model(kind, policy):
+    model = quantised_tiny_model(kind, dtype=torch.float32, layers=3).train()
+    neurons = neurons_of(model)
+    expected = dense_gradients(quantised_tiny_model(kind, dtype=torch.float32, layers=3), neurons)
+    subnetwork = attach_subnetwork(model, neurons, policy)
+    model(**batch()).loss.backward()
+    for layer in subnetwork.layers:
+        for master, right in zip(layer.trained(), expected[layer.ffn.layer], strict=True):
+            if master is not None:
+                error = (master.grad - right).norm() / right.norm()
+                # int8 kernels quantise the activations too: to 8 bits, 1 part in 254 at the largest of a row.
+                assert error <= (1e-5 if kind != "int8" else 0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_learns_and_leaves_every_byte_of_the_base(kind):
+    model = quantised_tiny_model(kind, layers=3).train()
+    before = base_bytes(model)
+    subnetwork = attach_subnetwork(model, neurons_of(model))
+    optimizer = torch.optim.AdamW(subnetwork.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = model(**batch()).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert all(parameter.dtype == torch.float32 for parameter in subnetwork.parameters())
+    with pytest.raises(AdapterError, match="quantised or sharded.*lape-fast merge"):
+        subnetwork.detach(keep=True)
+    subnetwork.detach(keep=False)
+    assert base_bytes(model) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_writes_the_values_into_a_16_bit_copy(kind, tmp_path):
+    from peft import PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    neurons = NeuronSet.from_lists({"mlt_Latn": [[1, 5], [], [0, 100]]}, neurons_per_layer=128)
+    config = SubnetworkConfig(neurons=neurons, language="mlt_Latn")
+    tuned = get_peft_model(quantised_tiny_model(kind, layers=3), config)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.25 * torch.randn_like(parameter))
+    tuned.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="quantised or sharded.*lape-fast merge"):
+        tuned.merge_and_unload()
+    expected = tuned.eval()(batch()["input_ids"]).logits.detach()
+    again = PeftModel.from_pretrained(quantised_tiny_model(kind, layers=3), tmp_path / "adapter")
+    assert torch.equal(again.eval()(batch()["input_ids"]).logits, expected)
+    merged = merge_adapter(quantised_tiny_model(kind, layers=3), tmp_path / "adapter")
+    merged.save_pretrained(tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert plain.dtype == torch.bfloat16 and not hasattr(plain.config, "quantization_config")
+    for ffn, chosen in zip(find_ffns(plain), neurons["mlt_Latn"], strict=True):
+        if len(chosen):
+            path = f"base_model.model.model.layers.{ffn.layer}.mlp.trained_gate_rows.default"
+            assert torch.equal(ffn.gate_weight[chosen], tuned.state_dict()[path].bfloat16())
+    error = (plain(batch()["input_ids"]).logits - expected).float().norm() / expected.float().norm()
+    # bf16 sums in another order (1 part in 256); bitsandbytes' int8 products round the activations of each of the 21
+    # products to 1 part in 254 of a row's largest.
+    assert error <= (0.03 if kind == "int8" else 0.01)
+
+
+def test_an_adapter_of_a_quantised_base_is_refused_by_the_plain_one(tmp_path):
+    from peft import get_peft_model
+
+    config = SubnetworkConfig(neurons=[torch.tensor([1]), torch.tensor([2])], language="mlt_Latn")
+    get_peft_model(quantised_tiny_model("nf4"), config).save_pretrained(tmp_path)
+    plain = tiny_model("llama", hidden=64, neurons=128, dtype=torch.bfloat16)
+    with pytest.raises(ArchitectureError, match="weights it replaces are not those"):
+        load_adapter(plain, tmp_path)
