@@ -186,6 +186,8 @@ void check_neurons(const int64_t* neurons, int64_t selected, int64_t height) {
 
 void add_weight(Part& part, const Tensor& weight, const Tensor& master, std::vector<Span>& spans) {
   part.dtype = weight.scalar_type();
+  // Refuses other dtypes here, where it can say so, and not on a thread.
+  dispatch_dtype(part.dtype, []<class>() {});
   const auto wide = part.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.size(1) == part.width &&
                       master.scalar_type() == wide,
