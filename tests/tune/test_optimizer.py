@@ -168,7 +168,8 @@ def test_a_closure_is_called_with_gradients_enabled():
 
 
 @pytest.mark.skipif(not EXTENSION_LOADED, reason="the native extension is not built")
-def test_memory_is_two_moments_and_nothing_passing():
+def test_memory_is_two_moments_and_nothing_passing(monkeypatch):
+    monkeypatch.delenv("LAPE_FAST_BACKEND", raising=False)
     small = Small(torch.bfloat16)
     optimizer = IndexedAdamW(small.parts(), max_grad_norm=1.0)
     train(small, optimizer, range(1))
