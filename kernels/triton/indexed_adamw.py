@@ -118,14 +118,14 @@ def _aligned(parts: Iterable[Part]) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _part_of_programs(programs: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """Which part each program works on, for so many programs per part."""
     numbers = torch.repeat_interleave(torch.arange(len(programs), dtype=torch.int32), torch.tensor(programs))
     return numbers.to(device)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     return _upload(numbers, torch.int64, device)
 
