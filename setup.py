@@ -36,7 +36,13 @@ TEST_REQUIREMENTS = ["ninja", "pybind11", "pytest", "pytest-benchmark", "pytest-
 # The kernels choose their instruction set when they run, so no flag depends on the machine that builds. Nobody reads
 # errno or floating-point traps, and without them the compiler may turn a branch into a select.
 OPTIMISE = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-OPERATOR_SOURCES = ["registration", "instruction_set", "gated_activation", "gated_activation_backward"]
+OPERATOR_SOURCES = [
+    "registration",
+    "instruction_set",
+    "gated_activation",
+    "gated_activation_backward",
+    "indexed_adamw",
+]
 
 
 def read_version() -> str:

@@ -99,13 +99,27 @@ void parallel_tiles(int64_t rows, int64_t columns, Cut cut, const Body& body) {
   });
 }
 
+// Calls body.operator()<Scalar>() for the dtype.
+template <class Body>
+void dispatch_dtype(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Float: return body.template operator()<float>();
+    case ScalarType::Double: return body.template operator()<double>();
+    case ScalarType::BFloat16: return body.template operator()<BFloat16>();
+    case ScalarType::Half: return body.template operator()<Half>();
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "The CPU kernels take float32, bfloat16, float16 and float64, but the dtype number is ",
+                  static_cast<int>(dtype), "; convert the tensor first.");
+}
+
 // Calls body.operator()<Scalar, activation, gated>() for these values.
 template <class Body>
 void dispatch(ScalarType dtype, int64_t activation, bool gated, const Body& body) {
   const auto with_activation = [&]<class Scalar, Activation chosen>() {
     gated ? body.template operator()<Scalar, chosen, true>() : body.template operator()<Scalar, chosen, false>();
   };
-  const auto with_scalar = [&]<class Scalar>() {
+  dispatch_dtype(dtype, [&]<class Scalar>() {
     switch (static_cast<Activation>(activation)) {
       case Activation::silu: return with_activation.template operator()<Scalar, Activation::silu>();
       case Activation::gelu: return with_activation.template operator()<Scalar, Activation::gelu>();
@@ -113,16 +127,7 @@ void dispatch(ScalarType dtype, int64_t activation, bool gated, const Body& body
       case Activation::relu: return with_activation.template operator()<Scalar, Activation::relu>();
     }
     STD_TORCH_CHECK(false, "The activation number ", activation, " is unknown; it must be 0 to 3.");
-  };
-  switch (dtype) {
-    case ScalarType::Float: return with_scalar.template operator()<float>();
-    case ScalarType::Double: return with_scalar.template operator()<double>();
-    case ScalarType::BFloat16: return with_scalar.template operator()<BFloat16>();
-    case ScalarType::Half: return with_scalar.template operator()<Half>();
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "The CPU kernels take float32, bfloat16, float16 and float64, but the dtype number is ",
-                  static_cast<int>(dtype), "; convert the tensor first.");
+  });
 }
 
 inline std::string shape_of(const Tensor& values) {

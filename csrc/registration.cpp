@@ -8,4 +8,5 @@
 STABLE_TORCH_LIBRARY_IMPL(lape_fast, CPU, m) {
   m.impl("gated_activation", TORCH_BOX(&lape_fast::gated_activation));
   m.impl("gated_activation_backward", TORCH_BOX(&lape_fast::gated_activation_backward));
+  m.impl("indexed_adamw_", TORCH_BOX(&lape_fast::indexed_adamw_));
 }

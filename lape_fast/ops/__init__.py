@@ -2,5 +2,6 @@
 
 from lape_fast.ops.gated_activation import ACTIVATIONS, gated_activation
 from lape_fast.ops.gated_activation_backward import gated_activation_backward, slot_map
+from lape_fast.ops.indexed_adamw import indexed_adamw_
 
-__all__ = ["ACTIVATIONS", "gated_activation", "gated_activation_backward", "slot_map"]
+__all__ = ["ACTIVATIONS", "gated_activation", "gated_activation_backward", "indexed_adamw_", "slot_map"]

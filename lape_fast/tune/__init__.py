@@ -2,6 +2,7 @@
 
 from lape_fast.tune.adapter import load_adapter, merge_adapter, read_adapter_config, write_adapter
 from lape_fast.tune.base_model import BaseSize, train_base_model
+from lape_fast.tune.optimizer import IndexedAdamW, Part
 from lape_fast.tune.subnetwork import Subnetwork, attach_subnetwork
 from lape_fast.tune.subnetwork_ffn import Policy, Storage, SubnetworkFFN
 from lape_fast.tune.training import TrainingSettings
@@ -9,6 +10,8 @@ from lape_fast.tune.tuning import tune_language
 
 __all__ = [
     "BaseSize",
+    "IndexedAdamW",
+    "Part",
     "Policy",
     "Storage",
     "Subnetwork",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from lape_fast.errors import AdapterError, TrainingError
 from lape_fast.models import check_neurons, dense_ffns, model_identity
 from lape_fast.tune.norms import restore_norms, slim_norms
+from lape_fast.tune.optimizer import IndexedAdamW, Part
 from lape_fast.tune.subnetwork_ffn import ATTACHED, Policy, Storage, SubnetworkFFN
 
 DEFAULT_NAME = "default"
@@ -75,6 +78,22 @@ class Subnetwork:
             for layer in self.layers:
                 stack.enter_context(layer.holding(None))
             yield
+
+    def optimizer(self, **options: Any) -> IndexedAdamW:
+        """AdamW for this subnetwork: updates masters and base weights in one pass over all layers.
+
+        Args:
+            options: of ``IndexedAdamW``: lr, betas, eps, weight_decay, max_grad_norm.
+
+        Example:
+            >>> optimizer = attach_subnetwork(model, neurons["mlt_Latn"]).optimizer(lr=1e-4)
+        """
+        parts = [
+            Part(master, functools.partial(_written_weight, layer, part), layer.neurons(self.name), layer.note_write)
+            for layer in self.layers
+            for part, master in layer.masters(self.name).items()
+        ]
+        return IndexedAdamW(parts, **options)
 
     def set_policy(self, policy: Policy) -> None:
         """Changes what is kept for backward, in all layers."""
@@ -216,8 +235,15 @@ def fingerprint(layers: Sequence[SubnetworkFFN], name: str) -> str:
     return digest.hexdigest()
 
 
+def _written_weight(layer: SubnetworkFFN, part: str) -> Tensor | None:
+    """The ``[F, D]`` weight that an optimizer writes a part into; none in overlay storage."""
+    return None if layer.overlay else layer.base_weight(part)
+
+
 def _write_after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     """Brings what an optimizer did to masters into the base weights. Fused optimizers leave no other trace of it."""
+    if isinstance(optimizer, IndexedAdamW):
+        return
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in list(ATTACHED):
         if any(id(master) in stepped for master in layer.trained()):

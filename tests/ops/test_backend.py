@@ -75,7 +75,7 @@ def test_without_the_extension_the_reference_counts_the_same_and_warns_once():
         sys.meta_path.insert(0, Hidden)
         import torch
         from lape_fast.errors import BackendError
-        from lape_fast.ops import gated_activation, gated_activation_backward
+        from lape_fast.ops import gated_activation, gated_activation_backward, indexed_adamw_
         from lape_fast.ops.backend import EXTENSION_LOADED
 
         assert not EXTENSION_LOADED
@@ -88,6 +88,10 @@ def test_without_the_extension_the_reference_counts_the_same_and_warns_once():
                 gated_activation(gate, gate, "silu", language_ids, counts)
                 gated_activation_backward(gate, gate.clone(), None, "silu")
             torch.ops.lape_fast.gated_activation(gate, gate, 0, language_ids, counts)
+            grad, master, exp_avg, exp_avg_sq = torch.ones(4, 2, 40)
+            parts = [gate.clone()], [torch.tensor([3, 7])], [grad], [master], [exp_avg], [exp_avg_sq]
+            indexed_adamw_(*parts, lr=0.1, step=1)
+            assert torch.equal(parts[0][0][[3, 7]], master)
         assert [warning.category for warning in caught] == [RuntimeWarning], caught
         assert "pip install --no-build-isolation -e ." in str(caught[0].message)
         expected = torch.stack([(gate[language_ids == language] > 0).sum(0) for language in (0, 1)])

@@ -65,8 +65,9 @@ def test_the_kernels_pass_their_tests_under_lesser_sets(isa, best):
     if NAMES.index(isa) >= NAMES.index(best):
         pytest.skip(f"the best set of this processor is {best}")
     assert run("-c", REPORT, isa=isa).stdout.strip() == isa
-    files = [str(FOLDER / f"test_gated_activation{part}.py") for part in ("", "_backward")]
-    chosen = "cpp and (counts_are_exact or within_budget or rounded_once)"
+    ops = ("gated_activation", "gated_activation_backward", "indexed_adamw")
+    files = [str(FOLDER / f"test_{op}.py") for op in ops]
+    chosen = "cpp and (counts_are_exact or within_budget or rounded_once or rounded_masters)"
     finished = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files, isa=isa)
     assert finished.returncode == 0, finished.stdout[-3000:]
     assert " passed" in finished.stdout

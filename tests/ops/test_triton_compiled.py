@@ -12,7 +12,7 @@ import torch
 
 from lape_fast.ops import ACTIVATIONS
 from tests.ops import triton_helpers as helpers
-from tests.ops.triton_helpers import Case
+from tests.ops.triton_helpers import Case, UpdateCase
 
 ARCHS = (80, 90, 100)
 # At most this many registers a thread leave room for six programs of four warps on a multiprocessor.
@@ -107,4 +107,52 @@ def test_an_odd_width_compiles(compilers, kernel, arch):
 def test_another_length_language_count_or_selection_does_not_recompile(compilers, kernel):
     case = Case(kernel, torch.bfloat16, "silu", gated=True, extra=True)
     others = [case._replace(tokens=16383), case._replace(languages=1), case._replace(selected=1)]
+    assert len(set(compilers.map(helpers.cache_key, [case, *others]))) == 1
+
+
+UPDATES = [UpdateCase(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)]
+
+
+@pytest.fixture(scope="module")
+def updates(compilers) -> dict[tuple[UpdateCase, int], Future]:
+    """The AdamW kernel for every GPU."""
+    return {(case, arch): compilers.submit(helpers.compile_case, case, arch) for arch in ARCHS for case in UPDATES}
+
+
+@pytest.mark.parametrize("case", UPDATES, ids=lambda case: str(case.dtype))
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
+def test_the_update_compiles_without_spills_and_with_wide_accesses(updates, case, arch):
+    compiled = updates[case, arch].result()
+    assert compiled.stack_bytes == 0
+    assert compiled.registers <= MOST_REGISTERS
+    # A thread owns 32 bytes of each operand, and as many entries of the weight.
+    loads = re.findall(r"\bld\.global\.(?:v4\.b32|v2\.b64)", compiled.ptx)
+    assert len(loads) == 4 * 2
+    stores = re.findall(r"\bst\.global\.(?:v4\.b32|v2\.b64)", compiled.ptx)
+    assert len(stores) == 3 * 2 + 2 * case.dtype.itemsize // case.wide.itemsize
+
+
+@pytest.mark.parametrize("case", UPDATES, ids=lambda case: str(case.dtype))
+def test_the_updates_arithmetic_has_the_right_width(updates, case):
+    compiled = updates[case, 90].result()
+    assert ("f64" in compiled.ptx) == (case.dtype == torch.float64)
+    # Entries of a column stand F apart, and F x D passes 2^31.
+    products = set(re.findall(r"arith\.muli .*: tensor<\d+xi(\d+)>", compiled.ttir))
+    assert products == {"64"}
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
+def test_the_update_compiles_for_an_odd_width_and_without_clipping(compilers, arch):
+    case = UpdateCase(torch.bfloat16, clipped=False, width=431)
+    assert compilers.submit(helpers.compile_case, case, arch).result().stack_bytes == 0
+
+
+def test_other_sizes_steps_and_rates_do_not_recompile_the_update(compilers):
+    case = UpdateCase(torch.bfloat16)
+    others = [
+        case._replace(selected=1),
+        case._replace(neurons=16, width=64),
+        case._replace(step=2, lr=0.0),
+        case._replace(weight_decay=0.0),
+    ]
     assert len(set(compilers.map(helpers.cache_key, [case, *others]))) == 1

@@ -239,3 +239,104 @@ def test_leading_dimensions_are_kept(run):
     h, result = run(helpers.forward, gate, up, "relu", language_ids, counts)
     assert torch.equal(h, eager_forward(gate, up, "relu"))
     assert torch.equal(result, counted(gate.view(21, 77), language_ids.view(21), counts))
+
+
+UPDATE = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def update_lists(sizes: list[tuple[int, int, int]], dtype: torch.dtype) -> list[list[Tensor]]:
+    """The six lists of ``indexed_adamw_`` for a row part and a column part of each size (F, D, K)."""
+    lists = [[] for _ in range(6)]
+    for number, (height, width, selected) in enumerate(sizes * 2):
+        columns = number >= len(sizes)
+        weight = sample(*((width, height) if columns else (height, width)), dtype=dtype, seed=number)
+        chosen = torch.randperm(height, generator=torch.Generator().manual_seed(number))[:selected].sort().values
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        grad, master = sample(2, selected, width, seed=number + 1).to(wide)
+        part = (weight.T if columns else weight, chosen, grad, master, torch.zeros_like(master))
+        for tensors, values in zip(lists, (*part, torch.zeros_like(master)), strict=True):
+            tensors.append(values)
+    return lists
+
+
+def update_by_torch(lists: list[list[Tensor]], clip: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Masters and moments after two steps of torch's AdamW in the dtype."""
+    parameters = [torch.nn.Parameter(master.to(dtype, copy=True)) for master in lists[3]]
+    options = {name: UPDATE[name] for name in ("lr", "eps", "weight_decay")}
+    optimizer = torch.optim.AdamW(parameters, **options, betas=(UPDATE["beta1"], UPDATE["beta2"]), foreach=False)
+    for parameter, grad in zip(parameters, lists[2], strict=True):
+        parameter.grad = grad.to(dtype) * clip
+    for _ in range(2):
+        optimizer.step()
+    moments = [optimizer.state[parameter] for parameter in parameters]
+    return [(p.detach(), s["exp_avg"], s["exp_avg_sq"]) for p, s in zip(parameters, moments, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [[(1, 1, 1), (63, 77, 19), (5, 1031, 5), (431, 63, 0), (4, 2500, 1)], [(63, 1032, 19), (7, 64, 3)]],
+    ids=["odd", "aligned"],
+)
+def test_the_update_is_torchs_and_the_weights_are_the_rounded_masters(run, sizes, dtype):
+    before, lists = update_lists(sizes, dtype), update_lists(sizes, dtype)
+    wide = lists[3][0].dtype
+    clip = torch.tensor(0.3, dtype=wide)
+    for step in (1, 2):
+        lists = run(helpers.update, lists, {**UPDATE, "step": step, "clip": clip})
+    torchs, truths = (update_by_torch(before, clip.item(), each) for each in (wide, torch.float64))
+    for number, (weight, chosen) in enumerate(zip(before[0], lists[1], strict=True)):
+        weight[chosen] = lists[3][number].to(dtype)
+        assert torch.equal(lists[0][number], weight) and torch.equal(lists[2][number], before[2][number])
+        for values, eager, truth in zip(
+            (each[number] for each in lists[3:]), torchs[number], truths[number], strict=True
+        ):
+            if dtype == torch.float64:
+                torch.testing.assert_close(values, truth, rtol=1e-13, atol=1e-14)
+            elif values.numel():
+                # One ulp of the largest value is what a single entry may be off in both.
+                assert (values - truth).abs().max() <= 2 * (eager - truth).abs().max() + 1e-7 * truth.abs().max()
+
+
+def test_parts_of_several_dtypes_and_without_a_weight(run):
+    lists = [[] for _ in range(6)]
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        for tensors, more in zip(lists, update_lists([(63, 77, 19)], dtype), strict=True):
+            tensors += more
+    written = run(helpers.update, lists, {**UPDATE, "step": 1})
+    without = [[torch.empty(0, dtype=master.dtype) for master in lists[3]], *lists[1:]]
+    unwritten = run(helpers.update, without, {**UPDATE, "step": 1})
+    for left, right in zip(written[1:], unwritten[1:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    for weight, chosen, master in zip(written[0], written[1], written[3], strict=True):
+        assert torch.equal(weight[chosen], master.to(weight.dtype))
+
+
+def test_strided_weights_and_operands_off_the_alignment(run):
+    (weights, *others), expected = (
+        update_lists([(63, 64, 19)], torch.float32),
+        update_lists([(63, 64, 19)], torch.float32),
+    )
+    # Every third entry of a row, and rows of a wider buffer that begin on no multiple of 16 bytes.
+    buffers = torch.zeros(63, 3 * 64), torch.zeros(63, 64 + 5)
+    weights = [buffers[0][:, ::3], buffers[1][:, 3:67]]
+    # Operands that begin one entry into their storage.
+    shifted = [torch.cat([torch.zeros(1), values.flatten()])[1:].view_as(values) for values in others[2]]
+    lists = run(helpers.update, [weights, *others[:2], shifted, *others[3:]], {**UPDATE, "step": 1})
+    expected = run(helpers.update, expected, {**UPDATE, "step": 1})
+    for number, (weight, chosen) in enumerate(zip(lists[0], lists[1], strict=True)):
+        assert torch.equal(lists[3][number], expected[3][number])
+        assert torch.equal(weight[chosen], expected[3][number])
+        whole = weight.as_strided(buffers[number].shape, buffers[number].stride(), 0)
+        assert whole.count_nonzero() == expected[3][number].count_nonzero()
+
+
+def test_neurons_outside_the_weight_are_not_written(run):
+    lists = update_lists([(63, 77, 4)], torch.float32)
+    lists[1] = [torch.tensor([-1, 0, 62, 63]), torch.tensor([-(2**40), 5, 6, 2**40])]
+    before = [weight.clone() for weight in lists[0]]
+    weights, neurons, _, masters, *_ = run(helpers.launch_update, lists, 1)
+    for weight, expected, chosen, master in zip(weights, before, neurons, masters, strict=True):
+        inside = (chosen >= 0) & (chosen < 63)
+        expected[chosen[inside]] = master[inside]
+        assert torch.equal(weight, expected)

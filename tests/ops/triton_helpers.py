@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lape_fast.ops import ACTIVATIONS, gated_activation, gated_activation_backward
+from lape_fast.ops import ACTIVATIONS, gated_activation, gated_activation_backward, indexed_adamw_
 
 
 class Case(NamedTuple):
@@ -39,6 +39,45 @@ class Case(NamedTuple):
     neurons: int = 14336
     languages: int = 100
     selected: int = 94
+
+    def launch(self) -> None:
+        """Launches on meta tensors of these sizes."""
+        _launch_activation(self)
+
+
+class UpdateCase(NamedTuple):
+    """One launch of the AdamW kernel for a row part and a column part, by what changes its code."""
+
+    dtype: torch.dtype
+    clipped: bool = True
+    width: int = 4096
+    neurons: int = 14336
+    selected: int = 94
+    step: int = 1
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of the masters."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def launch(self) -> None:
+        """Launches on meta tensors of these sizes."""
+        from lape_fast.kernels import indexed_adamw as kernel
+
+        def values(*shape: int, dtype: torch.dtype = self.wide) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        weights = [
+            values(self.neurons, self.width, dtype=self.dtype),
+            values(self.width, self.neurons, dtype=self.dtype).T,
+        ]
+        neurons = values(self.selected, dtype=torch.int64)
+        operands = [[values(self.selected, self.width) for _ in range(4)] for _ in weights]
+        parts = [(weight, neurons, *each) for weight, each in zip(weights, operands, strict=True)]
+        clip = values() if self.clipped else None
+        kernel.launch(parts, clip, self.lr, 0.9, 0.999, 1e-8, self.weight_decay, self.step)
 
 
 class Compiled(NamedTuple):
@@ -124,6 +163,20 @@ def backward(
     return gate, up, hidden, grads
 
 
+def update(lists: list[list[Tensor]], options: dict[str, Any]) -> list[list[Tensor]]:
+    """The public AdamW step on the Triton backend, in place; ``weights, neurons, grads, masters, ...`` afterwards."""
+    indexed_adamw_(*lists, **options, backend="triton")
+    return lists
+
+
+def launch_update(lists: list[list[Tensor]], step: int) -> list[list[Tensor]]:
+    """The AdamW kernel without the public function, which checks the neurons of CPU tensors."""
+    from lape_fast.kernels import indexed_adamw as kernel
+
+    kernel.launch(list(zip(*lists, strict=True)), None, 1e-3, 0.9, 0.999, 1e-8, 0.01, step)
+    return lists
+
+
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
     """Fills uninitialised floating-point tensors with NaN, so that an output nobody wrote is seen."""
@@ -141,7 +194,7 @@ def poisoned_outputs() -> Iterator[None]:
         yield
 
 
-def launches(case: Case, arch: int) -> dict:
+def launches(case: Case | UpdateCase, arch: int) -> dict:
     """What a real launch of the case hands to Triton's compiler: the arguments' types, constants and alignments."""
     from triton import knobs
     from triton.runtime.driver import driver
@@ -155,17 +208,17 @@ def launches(case: Case, arch: int) -> dict:
 
     driver.set_active(CompileOnlyDriver(arch))
     with mock.patch.object(knobs.runtime, "jit_cache_hook", capture):
-        _launch_on_meta_tensors(case)
+        case.launch()
     (launch,) = captured
     return launch
 
 
-def cache_key(case: Case) -> str:
+def cache_key(case: Case | UpdateCase) -> str:
     """The key under which Triton keeps the compiled kernel: another key is another compilation."""
     return str(launches(case, arch=90)["key"])
 
 
-def compile_case(case: Case, arch: int) -> Compiled:
+def compile_case(case: Case | UpdateCase, arch: int) -> Compiled:
     """Compiles the kernel of a case down to machine code for compute capability arch / 10."""
     import triton
 
@@ -186,7 +239,7 @@ def compile_case(case: Case, arch: int) -> Compiled:
     )
 
 
-def _launch_on_meta_tensors(case: Case) -> None:
+def _launch_activation(case: Case) -> None:
     from lape_fast.kernels import gated_activation, gated_activation_backward
 
     def values(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
