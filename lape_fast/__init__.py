@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 # Public name -> the folder it comes from.
 _PUBLIC = {
-    "ops": ("gated_activation", "gated_activation_backward"),
+    "ops": ("gated_activation", "gated_activation_backward", "linear_cross_entropy"),
     "models": ("load_model", "find_ffns"),
     "text": ("open_corpus", "canonical", "language_name"),
     "identify": (

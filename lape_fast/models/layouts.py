@@ -28,6 +28,8 @@ class Layout:
         must_be_off: config fields that make the model's code go around the modules named here.
         packing: whether position_ids that restart keep attention inside documents.
         position_ids: whether the decoder takes position_ids at all.
+        logit_scale_field: the config's field with the number that the head's output is multiplied by; None for none.
+        logit_softcap_field: the field with the c of c * tanh(logits / c), which may itself be None; None for no cap.
     """
 
     decoder: str = ""
@@ -38,6 +40,8 @@ class Layout:
     must_be_off: tuple[str, ...] = ()
     packing: bool = True
     position_ids: bool = True
+    logit_scale_field: str | None = None
+    logit_softcap_field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,11 @@ LAYOUTS = {
     "qwen2": DenseLayout(),
     "qwen3": DenseLayout(),
     "olmo2": DenseLayout(),
-    "cohere": DenseLayout(),
-    "cohere2": DenseLayout(),
-    "gemma2": DenseLayout(activation_field="hidden_activation"),
-    "gemma3_text": DenseLayout(activation_field="hidden_activation"),
+    "cohere": DenseLayout(logit_scale_field="logit_scale"),
+    "cohere2": DenseLayout(logit_scale_field="logit_scale"),
+    "gemma2": DenseLayout(activation_field="hidden_activation", logit_softcap_field="final_logit_softcapping"),
+    "gemma3_text": DenseLayout(activation_field="hidden_activation", logit_softcap_field="final_logit_softcapping"),
+    # With its vision tower, the model has the field of its text config too but does not cap its logits.
     "gemma3": DenseLayout(decoder="language_model", activation_field="hidden_activation"),
     "phi3": DenseLayout(gate="mlp.gate_up_proj", up="mlp.gate_up_proj"),
     # The dropout behind c_proj belongs to the residual stream: only what lies before it is replaced.

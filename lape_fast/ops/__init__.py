@@ -2,5 +2,6 @@
 
 from lape_fast.ops.gated_activation import ACTIVATIONS, gated_activation
 from lape_fast.ops.gated_activation_backward import gated_activation_backward, slot_map
+from lape_fast.ops.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["ACTIVATIONS", "gated_activation", "gated_activation_backward", "slot_map"]
+__all__ = ["ACTIVATIONS", "gated_activation", "gated_activation_backward", "linear_cross_entropy", "slot_map"]
