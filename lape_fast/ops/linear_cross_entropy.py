@@ -79,17 +79,10 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, labels, bias)
     labels = labels.reshape(-1)
-    device = hidden.device.type
-    # A head's product is in autocast's dtype, unless it is fp64.
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        hidden, weight, bias = (
-            value if value is None else value.to(torch.get_autocast_dtype(device)) for value in (hidden, weight, bias)
-        )
-    if scale != 1:
-        # The rows are narrower than the logits.
-        hidden, bias = hidden * scale, None if bias is None else bias * scale
+    dtype = _autocast_dtype(hidden) or hidden.dtype
+    hidden, weight, bias = (value if value is None else value.to(dtype) for value in (hidden, weight, bias))
     with_gradient = hidden.requires_grad and torch.is_grad_enabled()
-    total = _SumOfLosses.apply(as_rows(hidden), weight, labels, bias, softcap, with_gradient)
+    total = _SumOfLosses.apply(as_rows(hidden), weight, labels, bias, scale, softcap, with_gradient)
     if num_items is None:
         num_items = (labels != IGNORED).sum()
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
@@ -98,16 +91,16 @@ def linear_cross_entropy(
 class _SumOfLosses(torch.autograd.Function):
     """The sum of the tokens' losses; forward has formed the gradient of it, which is not divided so that fp16 holds it.
 
-    Memory: ``CHUNK_ROWS`` rows of logits; with a softcap, or in bf16 and fp16, also a copy of them in fp32.
+    Memory: ``CHUNK_ROWS`` rows of logits; with a softcap, or in bf16 and fp16, a copy of them in fp32; with both, two.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, softcap, with_gradient):
+    def forward(ctx, hidden, weight, labels, bias, scale, softcap, with_gradient):
         ignored = labels == IGNORED
         targets = labels.masked_fill(ignored, 0)[:, None]  # [T, 1]
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         in_place = hidden.dtype == dtype and softcap is None
-        # Allocated once: on the CPU fresh memory costs as much as a pass over it.
+        # One buffer for all chunks, so that no two are ever alive.
         narrow_buffer = hidden.new_empty(min(CHUNK_ROWS, len(hidden)), len(weight))
         wide_buffer = narrow_buffer if in_place else torch.empty_like(narrow_buffer, dtype=dtype)
         losses = torch.empty_like(labels, dtype=dtype)
@@ -116,24 +109,25 @@ class _SumOfLosses(torch.autograd.Function):
             rows = slice(start, min(start + CHUNK_ROWS, len(hidden)))
             narrow, wide = narrow_buffer[: rows.stop - start], wide_buffer[: rows.stop - start]  # [C, V]
             _logits(hidden[rows], weight, bias, narrow)
+            if scale != 1:
+                narrow.mul_(scale)
             if softcap is not None:
                 narrow.div_(softcap).tanh_()
-            if not in_place:
+                torch.mul(narrow, softcap, out=wide)
+            elif not in_place:
                 wide.copy_(narrow)
-            if softcap is not None:
-                wide.mul_(softcap)
             losses[rows] = _to_softmax(wide, targets[rows])
             if not with_gradient:
                 continue
             wide.scatter_add_(1, targets[rows], wide.new_full((len(wide), 1), -1.0))
             if softcap is not None:
-                # The slope of tanh, over the tanh itself where that has the dtype already.
-                wide.mul_(narrow.to(dtype).square_().neg_().add_(1))
+                torch.ops.aten.tanh_backward(wide, narrow.to(dtype), grad_input=wide)
             if not in_place:
                 narrow.copy_(wide)
             torch.mm(narrow, weight, out=gradient[rows])
         if with_gradient:
             ctx.save_for_backward(gradient, ignored)
+            ctx.scale = scale
         return losses.masked_fill_(ignored, 0).sum()
 
     @staticmethod
@@ -141,7 +135,15 @@ class _SumOfLosses(torch.autograd.Function):
     def backward(ctx, grad_total):
         gradient, ignored = ctx.saved_tensors
         # Not zero times the upstream gradient, which is infinite where the loss is the mean over no token.
-        return (gradient * grad_total).masked_fill_(ignored[:, None], 0), None, None, None, None, None
+        return (gradient * (grad_total * ctx.scale)).masked_fill_(ignored[:, None], 0), *[None] * 6
+
+
+def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    """What autocast computes products in, if it is on; it leaves fp64 alone."""
+    device = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -174,7 +176,7 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) 
                 f"The head's {name} must be {shape} on {hidden.device} for hidden {list(hidden.shape)} and the weight "
                 f"{list(weight.shape)}, but it is {list(value.shape)} on {value.device}; pass the model's own head."
             )
-        if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        if value.dtype != hidden.dtype and _autocast_dtype(hidden) is None:
             raise ShapeError(
                 f"hidden is {hidden.dtype} but the head's {name} is {value.dtype}; convert one of them or use autocast."
             )
