@@ -1,7 +1,7 @@
 """The loss of a frozen head and its gradient for the hidden states: T rows, V words, forward and backward.
 
     plain        all logits in the model's dtype, and torch's cross entropy of them
-    transformers the same, with the logits raised to fp32 first, as its models do
+    transformers the same, with the logits raised to fp32 first, as its models do; in fp32 it is plain
     torch        torch.nn.functional.linear_cross_entropy, which is not chunked by default (torch 2.13 or later)
     torch-1024   the same with 1,024 rows a chunk
     ours-N       lape_fast.linear_cross_entropy with N rows a chunk; the package uses 1,024
@@ -61,13 +61,15 @@ def torch_in_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def ours(rows: int, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     # The function of the same name hides the module from an import.
-    with mock.patch.object(sys.modules[linear_cross_entropy.__module__], "CHUNK_ROWS", rows):
+    with mock.patch.object(sys.modules["lape_fast.ops.linear_cross_entropy"], "CHUNK_ROWS", rows):
         return linear_cross_entropy(hidden, weight, labels)
 
 
-def losses() -> dict[str, Loss]:
-    """The peers that this torch has."""
-    peers: dict[str, Loss] = {"plain": plain, "transformers": transformers}
+def losses(dtype: torch.dtype) -> dict[str, Loss]:
+    """The peers that this torch has and that differ in this dtype."""
+    peers: dict[str, Loss] = {"plain": plain}
+    if dtype != torch.float32:
+        peers["transformers"] = transformers
     if hasattr(F, "linear_cross_entropy"):
         peers |= {"torch": F.linear_cross_entropy, "torch-1024": torch_in_chunks}
     return peers | {f"ours-{rows}": functools.partial(ours, rows) for rows in CHUNKS}
@@ -106,7 +108,7 @@ def added_bytes(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def check(name: str, found: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> None:
-    """Stops unless the loss and the gradient are right."""
+    """Stops unless the loss and the gradient are those of another peer."""
     tolerance = TOLERANCE[right[1].dtype]
     same = torch.isclose(found[0].float(), right[0].float(), rtol=tolerance)
     same &= (found[1].float() - right[1].float()).abs().max() <= tolerance * right[1].float().abs().max()
@@ -130,18 +132,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = prepare(options)
     facts = machine_facts(device)
 
-    rows, peers = [], losses()
+    rows, peers = [], losses(DTYPES[options.dtype])
     with progress_bar("loss", (1 + options.rounds) * len(peers) * len(options.vocabulary)) as advance:
         advance_step = functools.partial(advance, 1, options.tokens)
         for vocabulary in options.vocabulary:
             inputs = draw_inputs(options, vocabulary)
             steps = {name: functools.partial(step, loss, *inputs) for name, loss in peers.items()}
-            peaks, right = {}, step(plain, *inputs)
+            peaks, results = {}, {}
             for name, run in steps.items():
-                found = []
-                peaks[name] = added_bytes(lambda run=run, found=found: found.append(run()), device)
-                check(name, found.pop(), right)
+                peaks[name] = added_bytes(lambda name=name, run=run: results.update({name: run()}), device)
+                check(name, results[name], results["plain"])
                 advance_step()
+            results.clear()
             for row in timed_rows(interleave(steps, options.rounds, device, advance_step), "plain"):
                 name = row.pop("name")
                 rows.append({"name": f"{vocabulary} {name}", "vocabulary": vocabulary, "peer": name, **row})
