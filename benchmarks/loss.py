@@ -107,6 +107,11 @@ def added_bytes(run: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
+def keep(results: dict[str, Any], name: str, run: Callable[[], Any]) -> None:
+    """Runs a step and keeps what it returns."""
+    results[name] = run()
+
+
 def check(name: str, found: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> None:
     """Stops unless the loss and the gradient are those of another peer."""
     tolerance = TOLERANCE[right[1].dtype]
@@ -140,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             steps = {name: functools.partial(step, loss, *inputs) for name, loss in peers.items()}
             peaks, results = {}, {}
             for name, run in steps.items():
-                peaks[name] = added_bytes(lambda name=name, run=run: results.update({name: run()}), device)
+                peaks[name] = added_bytes(functools.partial(keep, results, name, run), device)
                 check(name, results[name], results["plain"])
                 advance_step()
             results.clear()
