@@ -18,8 +18,9 @@ from lape_fast.ops.gated_activation import as_rows, widen
 # The label of a token that is not to be predicted, as everywhere in torch and transformers.
 IGNORED = -100
 
-# Rows whose logits are held at once. Of 256 to 2,048 this and 512 are the fastest on the CPU in fp32 at 32,000 to
-# 131,072 words (benchmarks/loss.py); fewer make products too thin to fill a GPU, more hold more memory for nothing.
+# Rows whose logits are held at once. On the CPU in fp32, 512 and 1,024 are the fastest of 256 to 2,048 at 32,000 to
+# 131,072 words, within a few percent of each other (benchmarks/loss.py); every chunk reads the whole head twice, which
+# asks for the larger one.
 CHUNK_ROWS = 1024
 
 
