@@ -26,6 +26,7 @@ format: setup
 benchmarks: setup
 	$(BIN)/python -m benchmarks.count_overhead --json benchmarks/results/cpu/count_overhead.json
 	$(BIN)/python -m benchmarks.train_step --json benchmarks/results/cpu/train_step.json
+	$(BIN)/python -m benchmarks.loss --json benchmarks/results/cpu/loss.json
 	$(BIN)/python -m benchmarks.select --json benchmarks/results/cpu/select.json
 	$(BIN)/python -m benchmarks.identify --json benchmarks/results/cpu/identify.json
 	$(BIN)/python -m pytest benchmarks/ops --benchmark-columns=median,iqr --benchmark-sort=name

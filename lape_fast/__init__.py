@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 # Public name -> the folder it comes from.
 _PUBLIC = {
-    "ops": ("gated_activation", "gated_activation_backward"),
+    "ops": ("gated_activation", "gated_activation_backward", "linear_cross_entropy"),
     "models": ("load_model", "find_ffns"),
     "text": ("open_corpus", "canonical", "language_name"),
     "identify": (
@@ -39,7 +39,16 @@ _PUBLIC = {
         "select_many",
         "select_neurons",
     ),
-    "tune": ("SubnetworkConfig", "TrainingSettings", "attach_subnetwork", "load_adapter", "tune_language"),
+    "tune": (
+        "IndexedAdamW",
+        "Subnetwork",
+        "SubnetworkConfig",
+        "TrainingSettings",
+        "attach_subnetwork",
+        "load_adapter",
+        "merge_adapter",
+        "tune_language",
+    ),
     "study": ("AblationMatrix", "ablate_neurons", "evaluate_languages", "prepare_text", "score", "silenced"),
 }
 _FOLDERS = {name: folder for folder, names in _PUBLIC.items() for name in names}

@@ -3,6 +3,7 @@
 from lape_fast.models.dense import FFN
 from lape_fast.models.experts import ExpertFFN
 from lape_fast.models.ffn import check_neurons, check_size, check_unshared, dense_ffns, find_ffns, replaced
+from lape_fast.models.head import without_logits
 from lape_fast.models.hidden_states import decoder, forward_hidden, supports_packing, without_final_norm
 from lape_fast.models.layouts import layout_of
 from lape_fast.models.loading import load_model, model_identity, tokenizer_hash, weights_hash
@@ -31,4 +32,5 @@ __all__ = [
     "tokenizer_hash",
     "weights_hash",
     "without_final_norm",
+    "without_logits",
 ]

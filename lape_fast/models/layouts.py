@@ -7,7 +7,7 @@ lape_fast knows any architecture.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -28,6 +28,8 @@ class Layout:
         must_be_off: config fields that make the model's code go around the modules named here.
         packing: whether position_ids that restart keep attention inside documents.
         position_ids: whether the decoder takes position_ids at all.
+        logit_scale_field: the config's field with the number that the head's output is multiplied by; None for none.
+        logit_softcap_field: the field with the c of c * tanh(logits / c), which may itself be None; None for no cap.
     """
 
     decoder: str = ""
@@ -38,6 +40,8 @@ class Layout:
     must_be_off: tuple[str, ...] = ()
     packing: bool = True
     position_ids: bool = True
+    logit_scale_field: str | None = None
+    logit_softcap_field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,12 @@ class ExpertLayout(Layout):
     biased: bool = False
 
 
+GEMMA = DenseLayout(
+    activation_field="hidden_activation",
+    ffn_norm="pre_feedforward_layernorm",
+    logit_softcap_field="final_logit_softcapping",
+)
+
 LAYOUTS = {
     "llama": DenseLayout(),
     "mistral": DenseLayout(),
@@ -92,13 +102,12 @@ LAYOUTS = {
     "qwen3": DenseLayout(),
     "olmo2": DenseLayout(ffn_norm=None),
     # One norm feeds the attention and the FFN.
-    "cohere": DenseLayout(ffn_norm=None),
-    "cohere2": DenseLayout(ffn_norm=None),
-    "gemma2": DenseLayout(activation_field="hidden_activation", ffn_norm="pre_feedforward_layernorm"),
-    "gemma3_text": DenseLayout(activation_field="hidden_activation", ffn_norm="pre_feedforward_layernorm"),
-    "gemma3": DenseLayout(
-        decoder="language_model", activation_field="hidden_activation", ffn_norm="pre_feedforward_layernorm"
-    ),
+    "cohere": DenseLayout(ffn_norm=None, logit_scale_field="logit_scale"),
+    "cohere2": DenseLayout(ffn_norm=None, logit_scale_field="logit_scale"),
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    # With its vision tower, the model has the field of its text config too but does not cap its logits.
+    "gemma3": replace(GEMMA, decoder="language_model", logit_softcap_field=None),
     "phi3": DenseLayout(gate="mlp.gate_up_proj", up="mlp.gate_up_proj"),
     # The dropout behind c_proj belongs to the residual stream: only what lies before it is replaced.
     "gpt2": DenseLayout(

@@ -3,5 +3,13 @@
 from lape_fast.ops.gated_activation import ACTIVATIONS, gated_activation
 from lape_fast.ops.gated_activation_backward import gated_activation_backward, slot_map
 from lape_fast.ops.indexed_adamw import indexed_adamw_
+from lape_fast.ops.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["ACTIVATIONS", "gated_activation", "gated_activation_backward", "indexed_adamw_", "slot_map"]
+__all__ = [
+    "ACTIVATIONS",
+    "gated_activation",
+    "gated_activation_backward",
+    "indexed_adamw_",
+    "linear_cross_entropy",
+    "slot_map",
+]

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lape_fast.ops.backend import EXTENSION_LOADED
 
@@ -57,3 +59,17 @@ def assert_within_budget(computed: Tensor, torchs: Tensor, truth: Tensor) -> Non
     if computed.dtype == torch.float64:
         budget = 32 * torch.finfo(torch.float64).eps * truth.abs().max()
     assert error <= budget, f"largest error {error:.3g}, but at most {budget:.3g} is allowed"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Within the context, the most elements of any tensor that an operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        values = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        self.elements = max([self.elements, *(value.numel() for value in values)])
+        return result
