@@ -12,6 +12,7 @@ from torch import nn
 
 from lape_fast.errors import CorpusError
 from lape_fast.files import atomic_folder, refuse_existing, write_json
+from lape_fast.models import without_logits
 from lape_fast.text import Corpus, canonical
 from lape_fast.tune.adapter import write_adapter
 from lape_fast.tune.subnetwork import Subnetwork
@@ -70,15 +71,18 @@ def tune_language(
     peft_model = get_peft_model(model, config)
     subnetwork = Subnetwork(model, peft_model.active_adapter)
     workspace = output.with_name(f"{output.name}.checkpoints")
-    report = train(
-        peft_model.train(),
-        rows,
-        workspace,
-        settings,
-        identity=config.replaced_values_sha256,
-        validation=held_out,
-        description=f"tuning {language}",
-    )
+    optimizer = subnetwork.optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    with without_logits(model):
+        report = train(
+            peft_model.train(),
+            rows,
+            workspace,
+            settings,
+            identity=config.replaced_values_sha256,
+            validation=held_out,
+            optimizer=optimizer,
+            description=f"tuning {language}",
+        )
     model.eval()
     report = {"neurons": sum(map(len, subnetwork.neurons().values())), "trainable": subnetwork.trainable(), **report}
     with atomic_folder(output) as folder:
