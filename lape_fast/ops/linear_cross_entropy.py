@@ -18,9 +18,9 @@ from lape_fast.ops.gated_activation import as_rows, widen
 # The label of a token that is not to be predicted, as everywhere in torch and transformers.
 IGNORED = -100
 
-# Rows whose logits are held at once. On the CPU in fp32, 512 and 1,024 are the fastest of 256 to 2,048 at 32,000 to
-# 131,072 words, within a few percent of each other (benchmarks/loss.py); every chunk reads the whole head twice, which
-# asks for the larger one.
+# Rows whose logits are held at once. On the CPU in fp32, 256 rows have the longest median step at 32,000 to 131,072
+# words, and 512 to 2,048 cannot be told apart on the busy machine that measured them (benchmarks/loss.py). Every chunk
+# reads the whole head twice, which asks for many rows; memory asks for few.
 CHUNK_ROWS = 1024
 
 
