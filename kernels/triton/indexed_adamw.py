@@ -23,6 +23,7 @@ NUM_WARPS = 4
 BLOCK_BYTES = 4096
 # A line of the table, padded to one line of the cache.
 LINE_NUMBERS = tl.constexpr(16)
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 # Of one part: weight, neurons, grad, master, exp_avg, exp_avg_sq.
 Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -69,7 +70,7 @@ def _launch_group(parts: Sequence[Part], clip: Tensor | None, constants: tuple[f
         )
     block = BLOCK_BYTES // master.element_size()
     shapes = tuple(tuple(part[3].shape) for part in parts)
-    # Work that is queued on another stream must not wait for this one's uploads.
+    # A table that one stream uploads may not be there yet when another one reads it, so each stream has its own.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     programs = _part_of_programs(tuple(rows * triton.cdiv(width, block) for rows, width in shapes), device, stream)
     lines = _lines(parts, block)
@@ -85,9 +86,6 @@ def _launch_group(parts: Sequence[Part], clip: Tensor | None, constants: tuple[f
             BLOCK=block,
             num_warps=NUM_WARPS,
         )
-
-
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _lines(parts: Iterable[Part], block: int) -> tuple[int, ...]:
