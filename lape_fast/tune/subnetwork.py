@@ -150,16 +150,15 @@ def install(
     earlier = list(next(iter(installed.values())).selections) if installed else []
     for ffn in ffns[trained[0] :]:
         if ffn.layer not in installed:
-            layer = installed[ffn.layer] = kind(ffn, policy, storage)
+            # Recomputing the lowest layer would bring nothing: no gradient passes through it.
+            lowest = policy == "checkpoint" and ffn.layer == trained[0]
+            layer = installed[ffn.layer] = kind(ffn, "save" if lowest else policy, storage)
             ffn.replace(layer, with_norm=True)
             slim_norms(ffn.decoder_layer)
             for other in earlier:
                 layer.add(other, torch.empty(0, dtype=torch.int64))
     for number, layer in installed.items():
         layer.add(name, neurons[number])
-    # Recomputing the lowest layer would bring nothing: no gradient passes through it.
-    lowest = installed[trained[0]]
-    lowest.set_policy("save" if policy == "checkpoint" else policy)
     return installed_layers(model)
 
 

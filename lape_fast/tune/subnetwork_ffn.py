@@ -14,7 +14,6 @@ A block can hold the values of several languages, by name, and computes with tho
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from typing import Any, Literal, get_args
 
@@ -36,6 +35,9 @@ Storage = Literal["auto", "resident", "overlay"]
 
 # The names of the trained parameters, [K, D] each; a column of the down projection is a row of its transpose.
 PARTS = ("trained_gate_rows", "trained_up_rows", "trained_down_columns")
+
+# The attributes by which transformers checkpoints a decoder layer.
+_SWITCH = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 # Every subnetwork FFN there is, for the hook that follows an optimizer's step.
 ATTACHED: weakref.WeakSet[SubnetworkFFN] = weakref.WeakSet()
@@ -87,8 +89,10 @@ class SubnetworkFFN(nn.Module):
         self.held: str | None = None
         self.writes = 0
         self.policy: Policy = "save"
+        self.train(ffn.decoder_layer.training)
         self.set_policy(policy)
         self._written: tuple | None = None
+        self.register_load_state_dict_post_hook(_take_loaded)
         ATTACHED.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -123,8 +127,9 @@ class SubnetworkFFN(nn.Module):
             getattr(self, part)[name] = nn.Parameter(rows.to(master_dtype(rows.dtype), copy=True))
 
     def remove(self, name: str) -> None:
-        """Forgets a language that is not held."""
-        del self.selections[name]
+        """Forgets a language that is not held, if it is known."""
+        if name in self.selections:
+            del self.selections[name]
         for part in self.parts:
             if name in getattr(self, part):
                 del getattr(self, part)[name]
@@ -218,14 +223,26 @@ class SubnetworkFFN(nn.Module):
         """
         if policy not in get_args(Policy):
             raise ConfigError(f"The policy {policy!r} is unknown; choose one of {', '.join(get_args(Policy))}.")
-        layer, was = self.ffn.decoder_layer, self.policy
+        # transformers' own switch, of this one layer.
+        switch = self.ffn.decoder_layer.__dict__
+        if self.policy == "checkpoint" and switch.get("_gradient_checkpointing_func") is _checkpoint:
+            for name in _SWITCH:
+                switch.pop(name, None)
+            switch.update(self._switch_before)
         self.policy = policy
         if policy == "checkpoint":
-            # transformers' own switch, of this one layer.
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-        elif was == "checkpoint":
-            layer.gradient_checkpointing = False
+            self._switch_before = {name: switch[name] for name in _SWITCH if name in switch}
+            switch["_gradient_checkpointing_func"] = _checkpoint
+            self.train(self.training)
+
+    def train(self, mode: bool = True) -> SubnetworkFFN:
+        super().train(mode)
+        # Only in training is the switch on: PEFT and the Trainer take it as a sign that inputs need gradients, which
+        # would cost a backward pass through the layers below the lowest trained one.
+        switch = self.ffn.decoder_layer.__dict__
+        if self.policy == "checkpoint" and switch.get("_gradient_checkpointing_func") is _checkpoint:
+            switch["gradient_checkpointing"] = mode
+        return self
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
         return subnetwork_function.compute(self, x)
@@ -253,6 +270,19 @@ class SubnetworkFFN(nn.Module):
         weight = self.base_weight(part)
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         return weight.detach()[neurons].clone()
+
+
+def _checkpoint(function, *arguments: Any) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False)
+
+
+def _take_loaded(layer: SubnetworkFFN, keys: Any) -> None:
+    """After ``load_state_dict``: masters that were exchanged are what masters are again, and the base holds them."""
+    for part in layer.parts:
+        for master in getattr(layer, part).values():
+            # A file may hold the base's dtype, and may have been read onto another device.
+            master.data = master.data.to(device=layer.ffn.device, dtype=master_dtype(layer.ffn.dtype))
+    layer.synchronize_if_changed()
 
 
 def master_dtype(base: torch.dtype) -> torch.dtype:
