@@ -32,6 +32,7 @@ from lape_fast.tune.adapter import check_base, check_fingerprint, decode_neurons
 from lape_fast.tune.subnetwork import (
     Subnetwork,
     attach_subnetwork,
+    check_name,
     combine,
     fingerprint,
     install,
@@ -241,26 +242,35 @@ class SubnetworkTuner(BaseTuner):
 
         Raises:
             ArchitectureError: the neurons or the adapter do not fit the model; it is left as it was.
+            AdapterError: the name is taken, or cannot be one.
         """
+        before = installed_layers(model)
+        check_name(before, adapter_name)
+        try:
+            self._inject(model, adapter_name)
+        except Exception:
+            for layer in installed_layers(model):
+                layer.remove(adapter_name)
+                if layer not in before:
+                    uninstall(layer, None)
+            # PEFT and transformers take note of an adapter before it is there.
+            self.peft_config.pop(adapter_name, None)
+            if not hasattr(model, "peft_config"):
+                model.__dict__.pop("_hf_peft_config_loaded", None)
+            raise
+
+    def _inject(self, model: nn.Module, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         identity, what = model_identity(model), f"The adapter {adapter_name!r}"
         if config.base:
             check_base(config.base, identity, what)
         config.check_size(identity)
-        before = installed_layers(model)
         earlier = [(parameter, parameter.requires_grad) for parameter in _trained(model)]
-        try:
-            layers = install(model, config.indices(), adapter_name, config.policy, config.storage, SubnetworkLayer)
-            found = fingerprint(layers, adapter_name)
-            if config.replaced_values_sha256:
-                check_fingerprint(asdict(config), found, what)
-        except Exception:
-            for layer in installed_layers(model):
-                layer.remove(adapter_name)
-                if layer not in before:
-                    uninstall(layer, None)
-            raise
+        layers = install(model, config.indices(), adapter_name, config.policy, config.storage, SubnetworkLayer)
+        found = fingerprint(layers, adapter_name)
+        if config.replaced_values_sha256:
+            check_fingerprint(asdict(config), found, what)
         config.base, config.replaced_values_sha256 = identity, found
         paths = {id(module): path for path, module in model.named_modules()}
         self.targeted_module_names = [paths[id(layer)] for layer in layers]
@@ -283,19 +293,20 @@ class SubnetworkTuner(BaseTuner):
             "neurons", how many the new adapter has, and "shared", how many of these are in more than one of the others.
 
         Raises:
-            AdapterError: an adapter is unknown, the numbers differ, or the new name is taken.
+            AdapterError: an adapter is unknown or named twice, the numbers differ, or the new name cannot be had.
 
         Example:
             >>> model.add_weighted_adapter(["mlt_Latn", "isl_Latn"], [1.0, 1.0], "both")
             {'neurons': 7411, 'shared': 637}
         """
         unknown = [name for name in adapters if name not in self.peft_config]
-        if unknown or len(adapters) != len(weights) or adapter_name in self.peft_config:
+        if not adapters or unknown or len(set(adapters)) < len(adapters) or len(adapters) != len(weights):
             raise AdapterError(
-                f"The adapters {', '.join(adapters)} with {len(weights)} weights cannot become {adapter_name!r}; name "
-                f"adapters of this model ({', '.join(self.peft_config)}), one weight each, and a new name."
+                f"The adapters {', '.join(adapters) or 'given (none)'} with {len(weights)} weights have no sum; name "
+                f"adapters of this model ({', '.join(self.peft_config)}), each once and with one weight."
             )
         layers = installed_layers(self.model)
+        check_name(layers, adapter_name)
         report = combine(layers, dict(zip(adapters, weights, strict=True)), adapter_name)
         languages = "+".join(self.peft_config[name].language for name in adapters)
         self.peft_config[adapter_name] = replace(

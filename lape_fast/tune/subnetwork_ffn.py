@@ -117,10 +117,8 @@ class SubnetworkFFN(nn.Module):
             name: a new one.
             neurons: int64 ``[K]``, sorted and unique.
         """
-        # Another language's values may stand in the rows that are to be kept.
-        with self.holding(None):
-            neurons = neurons.to(device=self.ffn.device, dtype=torch.int64)
-            values = {part: self._read(part, neurons) for part in self.parts} if len(neurons) else {}
+        neurons = neurons.to(device=self.ffn.device, dtype=torch.int64)
+        values = {part: self._read_original(part, neurons) for part in self.parts} if len(neurons) else {}
         self.selections[name] = Selection(neurons, self.ffn.neurons, {} if self.overlay else values)
         for part, rows in values.items():
             # A copy even where the dtype is the same: the original must not move with the master.
@@ -136,8 +134,11 @@ class SubnetworkFFN(nn.Module):
 
     def hold(self, name: str | None) -> None:
         """Computes with the values of ``name`` from now on, or with the base's own: a copy of k rows, or none."""
+        if name == self.held:
+            self.synchronize_if_changed()
+            return
         if self.held is not None:
-            self._write(self.held, self.originals())
+            self._write(self.held, {} if self.overlay else self.originals())
         self.held = name
         self.synchronize()
 
@@ -259,7 +260,7 @@ class SubnetworkFFN(nn.Module):
                     "its values cannot be written into them; attach it with storage='overlay'."
                 )
             # .data: the base is frozen, and a graph that must not see this write is caught by counting writes.
-            weight.data.index_copy_(0, neurons, rows.detach().to(weight.dtype))
+            _copy_rows(weight.data, neurons, rows.detach().to(weight.dtype))
         self.note_write()
 
     def _stamp(self) -> tuple:
@@ -269,7 +270,24 @@ class SubnetworkFFN(nn.Module):
     def _read(self, part: str, neurons: Tensor) -> Tensor:
         weight = self.base_weight(part)
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        return weight.detach()[neurons].clone()
+        return weight.detach()[neurons]
+
+    def _read_original(self, part: str, neurons: Tensor) -> Tensor:
+        """What the base has at ``neurons``, in whose place the held language's values may stand."""
+        rows = self._read(part, neurons)
+        if self.held is not None and not self.overlay and self.masters():
+            slots = self.selections[self.held].slots[neurons]
+            rows[slots >= 0] = self.originals()[part][slots[slots >= 0]]
+        return rows
+
+
+def _copy_rows(weight: Tensor, neurons: Tensor, rows: Tensor) -> None:
+    """weight[neurons] = rows, for ``[F, D]`` and ``[K, D]``."""
+    if weight.stride(-1) == 1:
+        weight.index_copy_(0, neurons, rows)
+    else:
+        # Columns in memory, which are written several times as fast from a source that lies as they do.
+        weight.T.index_copy_(1, neurons, rows.T.contiguous())
 
 
 def _checkpoint(function, *arguments: Any) -> Any:

@@ -295,11 +295,12 @@ def test_another_base_is_refused_and_left_as_it_was(model_type, tmp_path):
         get_peft_model(other, config(other.config.model_type))
 
 
-def test_an_adapter_name_that_cannot_be_leaves_the_model_as_it_was():
+@pytest.mark.parametrize("name", ["has.a.dot", "keys", "copy", "training"])
+def test_a_name_that_torch_cannot_have_is_refused(name):
     base = base_model()
     made_of, before = modules(base), state(base)
-    with pytest.raises(KeyError):
-        get_peft_model(base, config(), "has.a.dot")
+    with pytest.raises(AdapterError, match=f"cannot be named {name!r}"):
+        get_peft_model(base, config(), name)
     assert modules(base) == made_of
     assert same_state(base, before)
 
@@ -317,7 +318,7 @@ def test_a_users_own_checkpoints_outlast_the_policy():
         return [(layer.gradient_checkpointing, layer._gradient_checkpointing_func) for layer in base.model.layers]
 
     base = base_model().train()
-    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.activation_checkpointing_enable({"use_reentrant": False})
     before = switches()
     assert all(enabled for enabled, _ in before)
     model = get_peft_model(base, config(policy="checkpoint"))
@@ -326,7 +327,7 @@ def test_a_users_own_checkpoints_outlast_the_policy():
     assert switches() == before
     # And so do those of a user who changes his mind while a subnetwork is attached.
     model = get_peft_model(base, config(policy="checkpoint"))
-    base.gradient_checkpointing_disable()
+    base.activation_checkpointing_disable()
     model.train().unload()
     assert not any(enabled for enabled, _ in switches())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ def test_transformers_own_adapters(model_type, tmp_path):
     expected = logits(model)
     assert torch.equal(expected, logits(tuned(model_type, MALTESE)))
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert not (tmp_path / "model.safetensors").exists()
     again = base_model(model_type)
     again.load_adapter(tmp_path, ENGLISH)
     assert torch.equal(logits(again), expected)
@@ -167,7 +169,9 @@ def test_transformers_checkpoints_give_the_same_gradients(model_type, policy, re
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_a_compiled_peft_model(model_type):
+def test_a_compiled_peft_model(model_type, recwarn):
+    # The compiler has warnings of its own.
+    warnings.simplefilter("ignore")
     model = tuned(model_type, dtype=torch.float64).train()
     reference = copy.deepcopy(model)
     compiled = torch.compile(model, backend="aot_eager")

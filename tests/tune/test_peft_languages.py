@@ -200,7 +200,7 @@ def test_unknown_names_and_several_at_once_are_refused_and_change_nothing():
         model.base_model.set_adapter([MALTESE, ENGLISH])
     assert model.active_adapters == [MALTESE]
     assert torch.equal(logits(model), expected)
-    with pytest.raises(ValueError, match="mlt_Latn already exists"):
+    with pytest.raises(ValueError, match="'mlt_Latn' already exists"):
         model.add_adapter(MALTESE, config())
 
 
@@ -264,9 +264,9 @@ def test_a_weighted_sum_of_languages(model_type, storage, tmp_path):
 
 def test_a_sum_of_one_language_is_that_language_and_of_none_the_base():
     model = tuned_in_several()
-    model.add_weighted_adapter([ICELANDIC], [1.0], "copy")
+    model.add_weighted_adapter([ICELANDIC], [1.0], "same")
     model.add_weighted_adapter([ICELANDIC, MALTESE], [0.0, 0.0], "nothing")
-    for left, right in zip(masters(model, "copy"), masters(model, ICELANDIC), strict=True):
+    for left, right in zip(masters(model, "same"), masters(model, ICELANDIC), strict=True):
         # original + (value - original)
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
     model.set_adapter("nothing")
@@ -274,17 +274,20 @@ def test_a_sum_of_one_language_is_that_language_and_of_none_the_base():
 
 
 @pytest.mark.parametrize(
-    ("adapters", "weights", "name"),
+    ("adapters", "weights", "name", "message"),
     [
-        ([MALTESE, "deu_Latn"], [1, 1], "sum"),
-        ([MALTESE, ICELANDIC], [1], "sum"),
-        ([MALTESE, ICELANDIC], [1, 1], ENGLISH),
-        ([MALTESE, MALTESE], [1, 1], "sum"),
-        ([], [], "sum"),
+        ([MALTESE, "deu_Latn"], [1, 1], "sum", "adapters mlt_Latn, deu_Latn with 2 weights have no sum"),
+        ([MALTESE, ICELANDIC], [1], "sum", "with 1 weights have no sum"),
+        ([MALTESE, MALTESE], [1, 1], "sum", "each once"),
+        ([], [], "sum", r"given \(none\)"),
+        ([MALTESE, ICELANDIC], [1, 1], ENGLISH, "named 'eng_Latn' already"),
+        ([MALTESE, ICELANDIC], [1, 1], "a.b", "cannot be named 'a.b'"),
     ],
 )
-def test_sums_that_cannot_be_are_refused(adapters, weights, name):
+def test_sums_that_cannot_be_are_refused(adapters, weights, name, message):
     model = tuned_in_several()
-    with pytest.raises(AdapterError, match="name adapters of this model"):
+    before = state(model)
+    with pytest.raises(AdapterError, match=message):
         model.add_weighted_adapter(adapters, weights, name)
     assert list(model.peft_config) == list(LANGUAGES)
+    assert same_state(model, before)
