@@ -270,7 +270,7 @@ class SubnetworkFFN(nn.Module):
     def _read(self, part: str, neurons: Tensor) -> Tensor:
         weight = self.base_weight(part)
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        return weight.detach()[neurons]
+        return _rows(weight.detach(), neurons)
 
     def _read_original(self, part: str, neurons: Tensor) -> Tensor:
         """What the base has at ``neurons``, in whose place the held language's values may stand."""
@@ -281,13 +281,20 @@ class SubnetworkFFN(nn.Module):
         return rows
 
 
+def _rows(weight: Tensor, neurons: Tensor) -> Tensor:
+    """A copy of weight[neurons], for ``[F, D]``: ``[K, D]``."""
+    if weight.stride(-1) == 1:
+        return weight[neurons]
+    return weight.T[:, neurons].T.contiguous()
+
+
 def _copy_rows(weight: Tensor, neurons: Tensor, rows: Tensor) -> None:
     """weight[neurons] = rows, for ``[F, D]`` and ``[K, D]``."""
     if weight.stride(-1) == 1:
         weight.index_copy_(0, neurons, rows)
     else:
-        # Columns in memory, which are written several times as fast from a source that lies as they do.
-        weight.T.index_copy_(1, neurons, rows.T.contiguous())
+        # Columns in memory, which are written several times as fast in the order in which they lie.
+        weight.T[:, neurons] = rows.T.contiguous()
 
 
 def _checkpoint(function, *arguments: Any) -> Any:
@@ -296,10 +303,12 @@ def _checkpoint(function, *arguments: Any) -> Any:
 
 def _take_loaded(layer: SubnetworkFFN, keys: Any) -> None:
     """After ``load_state_dict``: masters that were exchanged are what masters are again, and the base holds them."""
+    place = {"device": layer.ffn.device, "dtype": master_dtype(layer.ffn.dtype)}
     for part in layer.parts:
         for master in getattr(layer, part).values():
             # A file may hold the base's dtype, and may have been read onto another device.
-            master.data = master.data.to(device=layer.ffn.device, dtype=master_dtype(layer.ffn.dtype))
+            if (master.device, master.dtype) != tuple(place.values()):
+                master.data = master.data.to(**place)
     layer.synchronize_if_changed()
 
 

@@ -77,7 +77,9 @@ def test_each_language_trains_alone(model_type):
     model = tuned_in_several(model_type).train()
     for language in LANGUAGES:
         model.set_adapter(language)
-        others = {other: [p.detach().clone() for p in masters(model, other)] for other in LANGUAGES if other != language}
+        others = {
+            other: [p.detach().clone() for p in masters(model, other)] for other in LANGUAGES if other != language
+        }
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         first = model(**rows()).loss
         first.backward()
@@ -192,7 +194,9 @@ def test_unknown_names_and_several_at_once_are_refused_and_change_nothing():
     with pytest.raises(ValueError, match="deu_Latn not found"):
         model.set_adapter("deu_Latn")
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(AdapterError, match=r"no adapter 'deu_Latn' to merge; the model has mlt_Latn, isl_Latn, eng"):
+        with pytest.raises(
+            AdapterError, match=r"no adapter 'deu_Latn' to merge; the model has mlt_Latn, isl_Latn, eng"
+        ):
             merge(adapter_names=["deu_Latn"])
         with pytest.raises(AdapterError, match="mlt_Latn, isl_Latn were asked for; combine them"):
             merge(adapter_names=[MALTESE, ICELANDIC])
@@ -236,7 +240,9 @@ def test_a_weighted_sum_of_languages(model_type, storage, tmp_path):
     assert model.active_adapters == [MALTESE]
     assert not any(master.requires_grad for master in masters(model, "sum"))
     base = find_ffns(base_model(model_type))
-    expected = {layer.ffn.layer: base[layer.ffn.layer].gate_weight.detach().clone() for layer in installed_layers(model)}
+    expected = {
+        layer.ffn.layer: base[layer.ffn.layer].gate_weight.detach().clone() for layer in installed_layers(model)
+    }
     for layer in installed_layers(model):
         original = base[layer.ffn.layer].gate_weight
         for language, weight in weights.items():
