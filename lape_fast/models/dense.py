@@ -143,6 +143,13 @@ class FFN:
         """Applies the original output projection: [..., F] -> [..., D]."""
         return self._down(h)
 
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """The whole FFN by the model's own modules, whatever stands in their place: [..., D] -> [..., D]."""
+        # The table names the identities in the order in which the model computes them.
+        for module in self._originals.values():
+            x = module(x)
+        return x
+
     def outgoing(self, neurons: torch.Tensor) -> torch.Tensor:
         """A copy of the weights by which ``neurons`` reach the rest of the model, [K, D]: their columns of down.
 

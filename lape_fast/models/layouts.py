@@ -53,7 +53,7 @@ class DenseLayout(Layout):
         gate, up, down: paths within a layer to the projections; up is None in an ungated FFN, and equal to gate
             where one fused projection computes the gate's neurons and then up's.
         identities: paths within a layer to what ``FFN.replace`` turns into ``nn.Identity``, because ``replaced``
-            covers the input projection only.
+            covers the input projection only; in the order of the computation.
         transposed: whether the projections are GPT-2's Conv1D, which stores [inputs, outputs].
         ffn_norm: path within a layer to the norm whose output goes into the FFN and nowhere else, or None.
     """

@@ -18,8 +18,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
+from peft.utils.integrations import skip_init_on_device
 from torch import Tensor, nn
 
 from lape_fast.errors import AdapterError, ConfigError
@@ -30,13 +32,14 @@ from lape_fast.tune.adapter import check_base, check_fingerprint, decode_neurons
 from lape_fast.tune.subnetwork import (
     Subnetwork,
     attach_subnetwork,
+    check_name,
     combine,
     fingerprint,
     install,
     installed_layers,
     uninstall,
 )
-from lape_fast.tune.subnetwork_ffn import PARTS, SubnetworkFFN, check_one
+from lape_fast.tune.subnetwork_ffn import PARTS, SubnetworkFFN, check_one, check_writable
 
 NAME, PREFIX = "subnetwork", "trained_"
 
@@ -153,32 +156,59 @@ class SubnetworkLayer(SubnetworkFFN, BaseTunerLayer):
         self.merged_adapters = []
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        name = check_one(adapter_names)
+        check_one(adapter_names)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        if not self._disable_adapters:
-            self.hold(name if name in self.selections else None)
+        self._hold_what_counts()
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
-        self.hold(check_one([name for name in self.active_adapters if name in self.selections]) if enabled else None)
+        self._hold_what_counts()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        name = check_one(self.active_adapters if adapter_names is None else adapter_names)
-        if name is None or name in self.merged_adapters or name not in self.selections:
+        name = self.check_merge(safe_merge, adapter_names)
+        if name is None or name in self.merged_adapters:
             return
-        if safe_merge and not all(torch.isfinite(values).all() for values in self.masters(name).values()):
-            raise AdapterError(
-                f"The adapter {name!r} holds values in layer {self.ffn.layer} that are not finite, so it was not "
-                "merged; train it again from its last good checkpoint."
-            )
         self.make_resident()
-        self.hold(name)
         self.merged_adapters = [name]
+        self._hold_what_counts()
+
+    def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> str | None:
+        """The adapter that ``merge`` would merge, if any.
+
+        Raises:
+            AdapterError: it is unknown, one of several, another is merged, or (safe_merge) its values are not finite.
+        """
+        name = check_one(self.active_adapters if adapter_names is None else adapter_names)
+        if name is None:
+            return None
+        if name not in self.selections:
+            raise AdapterError(
+                f"There is no adapter {name!r} to merge; the model has {', '.join(self.selections) or 'none'}."
+            )
+        if self.merged_adapters not in ([], [name]):
+            raise AdapterError(
+                f"The adapter {self.merged_adapters[0]!r} is merged, so {name!r} cannot be merged too; call "
+                "unmerge_adapter() first, or combine both by add_weighted_adapter."
+            )
+        values = [master.detach().to(self.ffn.dtype) for master in self.masters(name).values()]
+        if safe_merge and not all(torch.isfinite(each).all() for each in values):
+            raise AdapterError(
+                f"The adapter {name!r} holds values in layer {self.ffn.layer} that are not finite in {self.ffn.dtype}, "
+                "so it was not merged; train it again from its last good checkpoint."
+            )
+        if self.overlay:
+            check_writable(self.ffn)
+        return name
 
     def unmerge(self) -> None:
         # The base goes on holding the values of the language that is active.
         self.merged_adapters = []
-        self.set_adapter(self.active_adapters)
+        self._hold_what_counts()
+
+    def _hold_what_counts(self) -> None:
+        """Holds the merged adapter, else the active one; none of them while adapters are disabled."""
+        name = check_one(self.merged_adapters or self.active_adapters)
+        self.hold(name if name in self.selections and not self._disable_adapters else None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         if self.held == adapter_name:
@@ -201,6 +231,8 @@ class SubnetworkTuner(BaseTuner):
     tuner_layer_cls = SubnetworkLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    # PEFT may want empty masters on the meta device; ours start as the base's values, which are there already.
+    @skip_init_on_device
     def inject_adapter(
         self,
         model: nn.Module,
@@ -213,7 +245,24 @@ class SubnetworkTuner(BaseTuner):
 
         Raises:
             ArchitectureError: the neurons or the adapter do not fit the model; it is left as it was.
+            AdapterError: the name is taken, or cannot be one.
         """
+        before = installed_layers(model)
+        check_name(before, adapter_name)
+        try:
+            self._inject(model, adapter_name)
+        except Exception:
+            for layer in installed_layers(model):
+                layer.remove(adapter_name)
+                if layer not in before:
+                    uninstall(layer, None)
+            # PEFT and transformers take note of an adapter before it is there.
+            self.peft_config.pop(adapter_name, None)
+            if not hasattr(model, "peft_config"):
+                model.__dict__.pop("_hf_peft_config_loaded", None)
+            raise
+
+    def _inject(self, model: nn.Module, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         identity, what = model_identity(model), f"The adapter {adapter_name!r}"
@@ -223,15 +272,8 @@ class SubnetworkTuner(BaseTuner):
         earlier = [(parameter, parameter.requires_grad) for parameter in _trained(model)]
         layers = install(model, config.indices(), adapter_name, config.policy, config.storage, SubnetworkLayer)
         found = fingerprint(layers, adapter_name)
-        try:
-            if config.replaced_values_sha256:
-                check_fingerprint(asdict(config), found, what)
-        except Exception:
-            for layer in layers:
-                layer.remove(adapter_name)
-                if not layer.selections:
-                    uninstall(layer, None)
-            raise
+        if config.replaced_values_sha256:
+            check_fingerprint(asdict(config), found, what)
         config.base, config.replaced_values_sha256 = identity, found
         paths = {id(module): path for path, module in model.named_modules()}
         self.targeted_module_names = [paths[id(layer)] for layer in layers]
@@ -254,19 +296,20 @@ class SubnetworkTuner(BaseTuner):
             "neurons", how many the new adapter has, and "shared", how many of these are in more than one of the others.
 
         Raises:
-            AdapterError: an adapter is unknown, the numbers differ, or the new name is taken.
+            AdapterError: an adapter is unknown or named twice, the numbers differ, or the new name cannot be had.
 
         Example:
             >>> model.add_weighted_adapter(["mlt_Latn", "isl_Latn"], [1.0, 1.0], "both")
             {'neurons': 7411, 'shared': 637}
         """
         unknown = [name for name in adapters if name not in self.peft_config]
-        if unknown or len(adapters) != len(weights) or adapter_name in self.peft_config:
+        if not adapters or unknown or len(set(adapters)) < len(adapters) or len(adapters) != len(weights):
             raise AdapterError(
-                f"The adapters {', '.join(adapters)} with {len(weights)} weights cannot become {adapter_name!r}; name "
-                f"adapters of this model ({', '.join(self.peft_config)}), one weight each, and a new name."
+                f"The adapters {', '.join(adapters) or 'given (none)'} with {len(weights)} weights have no sum; name "
+                f"adapters of this model ({', '.join(self.peft_config)}), each once and with one weight."
             )
         layers = installed_layers(self.model)
+        check_name(layers, adapter_name)
         report = combine(layers, dict(zip(adapters, weights, strict=True)), adapter_name)
         languages = "+".join(self.peft_config[name].language for name in adapters)
         self.peft_config[adapter_name] = replace(
@@ -278,6 +321,26 @@ class SubnetworkTuner(BaseTuner):
         for parameter in _trained(self.model, adapter_name):
             parameter.requires_grad_(False)
         return report
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(safe_merge, adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        # All layers before the first one is changed.
+        for layer in installed_layers(self.model):
+            layer.check_merge(safe_merge, adapter_names)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -303,4 +366,7 @@ def _neurons(layers: Sequence[SubnetworkFFN], name: str, number: int) -> list[Te
     return [chosen.get(layer, torch.empty(0, dtype=torch.int64)) for layer in range(number)]
 
 
+# PEFT refuses a second registration, as when this module is reloaded.
+for registry in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+    registry.pop(PEFT_TYPE, None)
 register_peft_method(name=NAME, config_cls=SubnetworkConfig, model_cls=SubnetworkTuner, prefix=PREFIX)

@@ -164,22 +164,35 @@ def install(
     if not trained:
         raise TrainingError("No layer has a neuron to train; select neurons with a higher top_rate.")
     installed = {layer.ffn.layer: layer for layer in installed_layers(model)}
-    if any(name in layer.selections for layer in installed.values()):
-        raise AdapterError(f"The model has an adapter named {name!r} already; choose another name or delete it first.")
+    check_name(list(installed.values()), name)
     earlier = list(next(iter(installed.values())).selections) if installed else []
     for ffn in ffns[trained[0] :]:
         if ffn.layer not in installed:
-            layer = installed[ffn.layer] = kind(ffn, policy, storage)
+            # Recomputing the lowest layer would bring nothing: no gradient passes through it.
+            lowest = policy == "checkpoint" and ffn.layer == trained[0]
+            layer = installed[ffn.layer] = kind(ffn, "save" if lowest else policy, storage)
             ffn.replace(layer, with_norm=True)
             slim_norms(ffn.decoder_layer)
             for other in earlier:
                 layer.add(other, torch.empty(0, dtype=torch.int64))
     for number, layer in installed.items():
         layer.add(name, neurons[number])
-    # Recomputing the lowest layer would bring nothing: no gradient passes through it.
-    lowest = installed[trained[0]]
-    lowest.set_policy("save" if policy == "checkpoint" else policy)
     return installed_layers(model)
+
+
+def check_name(layers: Sequence[SubnetworkFFN], name: str) -> None:
+    """Makes sure that subnetwork FFNs can know a new language by this name.
+
+    Raises:
+        AdapterError: one of them has it already, or torch cannot have it as the name of a module.
+    """
+    if any(name in layer.selections for layer in layers):
+        raise AdapterError(f"The model has an adapter named {name!r} already; choose another name or delete it first.")
+    if not name or "." in name or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise AdapterError(
+            f"An adapter cannot be named {name!r}, which means something else to torch; choose another name, such as "
+            "the language's."
+        )
 
 
 def installed_layers(model: nn.Module) -> list[SubnetworkFFN]:

@@ -14,7 +14,6 @@ A block can hold the values of several languages, by name, and computes with tho
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from typing import Any, Literal, get_args
 
@@ -36,6 +35,9 @@ Storage = Literal["auto", "resident", "overlay"]
 
 # The names of the trained parameters, [K, D] each; a column of the down projection is a row of its transpose.
 PARTS = ("trained_gate_rows", "trained_up_rows", "trained_down_columns")
+
+# The attributes by which transformers checkpoints a decoder layer.
+_SWITCH = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 # Every subnetwork FFN there is, for the hook that follows an optimizer's step.
 ATTACHED: weakref.WeakSet[SubnetworkFFN] = weakref.WeakSet()
@@ -87,8 +89,10 @@ class SubnetworkFFN(nn.Module):
         self.held: str | None = None
         self.writes = 0
         self.policy: Policy = "save"
+        self.train(ffn.decoder_layer.training)
         self.set_policy(policy)
         self._written: tuple | None = None
+        self.register_load_state_dict_post_hook(_take_loaded)
         ATTACHED.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,26 +117,28 @@ class SubnetworkFFN(nn.Module):
             name: a new one.
             neurons: int64 ``[K]``, sorted and unique.
         """
-        # Another language's values may stand in the rows that are to be kept.
-        with self.holding(None):
-            neurons = neurons.to(device=self.ffn.device, dtype=torch.int64)
-            values = {part: self._read(part, neurons) for part in self.parts} if len(neurons) else {}
+        neurons = neurons.to(device=self.ffn.device, dtype=torch.int64)
+        values = {part: self._read_original(part, neurons) for part in self.parts} if len(neurons) else {}
         self.selections[name] = Selection(neurons, self.ffn.neurons, {} if self.overlay else values)
         for part, rows in values.items():
             # A copy even where the dtype is the same: the original must not move with the master.
             getattr(self, part)[name] = nn.Parameter(rows.to(master_dtype(rows.dtype), copy=True))
 
     def remove(self, name: str) -> None:
-        """Forgets a language that is not held."""
-        del self.selections[name]
+        """Forgets a language that is not held, if it is known."""
+        if name in self.selections:
+            del self.selections[name]
         for part in self.parts:
             if name in getattr(self, part):
                 del getattr(self, part)[name]
 
     def hold(self, name: str | None) -> None:
         """Computes with the values of ``name`` from now on, or with the base's own: a copy of k rows, or none."""
+        if name == self.held:
+            self.synchronize_if_changed()
+            return
         if self.held is not None:
-            self._write(self.held, self.originals())
+            self._write(self.held, {} if self.overlay else self.originals())
         self.held = name
         self.synchronize()
 
@@ -218,14 +224,26 @@ class SubnetworkFFN(nn.Module):
         """
         if policy not in get_args(Policy):
             raise ConfigError(f"The policy {policy!r} is unknown; choose one of {', '.join(get_args(Policy))}.")
-        layer, was = self.ffn.decoder_layer, self.policy
+        # transformers' own switch, of this one layer.
+        switch = self.ffn.decoder_layer.__dict__
+        if self.policy == "checkpoint" and switch.get("_gradient_checkpointing_func") is _checkpoint:
+            for name in _SWITCH:
+                switch.pop(name, None)
+            switch.update(self._switch_before)
         self.policy = policy
         if policy == "checkpoint":
-            # transformers' own switch, of this one layer.
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-        elif was == "checkpoint":
-            layer.gradient_checkpointing = False
+            self._switch_before = {name: switch[name] for name in _SWITCH if name in switch}
+            switch["_gradient_checkpointing_func"] = _checkpoint
+            self.train(self.training)
+
+    def train(self, mode: bool = True) -> SubnetworkFFN:
+        super().train(mode)
+        # Only in training is the switch on: PEFT and the Trainer take it as a sign that inputs need gradients, which
+        # would cost a backward pass through the layers below the lowest trained one.
+        switch = self.ffn.decoder_layer.__dict__
+        if self.policy == "checkpoint" and switch.get("_gradient_checkpointing_func") is _checkpoint:
+            switch["gradient_checkpointing"] = mode
+        return self
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
         return subnetwork_function.compute(self, x)
@@ -242,7 +260,7 @@ class SubnetworkFFN(nn.Module):
                     "its values cannot be written into them; attach it with storage='overlay'."
                 )
             # .data: the base is frozen, and a graph that must not see this write is caught by counting writes.
-            weight.data.index_copy_(0, neurons, rows.detach().to(weight.dtype))
+            _copy_rows(weight.data, neurons, rows.detach().to(weight.dtype))
         self.note_write()
 
     def _stamp(self) -> tuple:
@@ -252,7 +270,46 @@ class SubnetworkFFN(nn.Module):
     def _read(self, part: str, neurons: Tensor) -> Tensor:
         weight = self.base_weight(part)
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        return weight.detach()[neurons].clone()
+        return _rows(weight.detach(), neurons)
+
+    def _read_original(self, part: str, neurons: Tensor) -> Tensor:
+        """What the base has at ``neurons``, in whose place the held language's values may stand."""
+        rows = self._read(part, neurons)
+        if self.held is not None and not self.overlay and self.masters():
+            slots = self.selections[self.held].slots[neurons]
+            rows[slots >= 0] = self.originals()[part][slots[slots >= 0]]
+        return rows
+
+
+def _rows(weight: Tensor, neurons: Tensor) -> Tensor:
+    """A copy of weight[neurons], for ``[F, D]``: ``[K, D]``."""
+    if weight.stride(-1) == 1:
+        return weight[neurons]
+    return weight.T[:, neurons].T.contiguous()
+
+
+def _copy_rows(weight: Tensor, neurons: Tensor, rows: Tensor) -> None:
+    """weight[neurons] = rows, for ``[F, D]`` and ``[K, D]``."""
+    if weight.stride(-1) == 1:
+        weight.index_copy_(0, neurons, rows)
+    else:
+        # Columns in memory, which are written several times as fast in the order in which they lie.
+        weight.T[:, neurons] = rows.T.contiguous()
+
+
+def _checkpoint(function, *arguments: Any) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False)
+
+
+def _take_loaded(layer: SubnetworkFFN, keys: Any) -> None:
+    """After ``load_state_dict``: masters that were exchanged are what masters are again, and the base holds them."""
+    place = {"device": layer.ffn.device, "dtype": master_dtype(layer.ffn.dtype)}
+    for part in layer.parts:
+        for master in getattr(layer, part).values():
+            # A file may hold the base's dtype, and may have been read onto another device.
+            if (master.device, master.dtype) != tuple(place.values()):
+                master.data = master.data.to(**place)
+    layer.synchronize_if_changed()
 
 
 def master_dtype(base: torch.dtype) -> torch.dtype:

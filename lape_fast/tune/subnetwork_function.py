@@ -33,8 +33,10 @@ def compute(layer: SubnetworkFFN, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
     masters = layer.trained()
     trained = any(master is not None and master.requires_grad for master in masters)
     if not torch.is_grad_enabled() or not (trained or x.requires_grad):
-        # Without a graph to record, the norm's own code, so that a model is evaluated as it was loaded.
+        # Without a graph to record, the model's own code, so that it is evaluated as it was loaded, bit for bit.
         normed = x if layer.ffn.norm is None else layer.ffn.norm(x)
+        if not _overlays(layer):
+            return layer.ffn.compute(normed)
         return _output(layer, _hidden(layer, *_projections(layer, normed)))
     if any(parameter.requires_grad for parameter in layer.base_layer.parameters()):
         raise TrainingError(
