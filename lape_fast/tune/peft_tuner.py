@@ -190,10 +190,10 @@ class SubnetworkLayer(SubnetworkFFN, BaseTunerLayer):
                 f"The adapter {self.merged_adapters[0]!r} is merged, so {name!r} cannot be merged too; call "
                 "unmerge_adapter() first, or combine both by add_weighted_adapter."
             )
-        values = [master.detach().to(self.ffn.dtype) for master in self.masters(name).values()]
-        if safe_merge and not all(torch.isfinite(each).all() for each in values):
+        dtype = self.ffn.dtype
+        if safe_merge and not all(master.detach().to(dtype).isfinite().all() for master in self.masters(name).values()):
             raise AdapterError(
-                f"The adapter {name!r} holds values in layer {self.ffn.layer} that are not finite in {self.ffn.dtype}, "
+                f"The adapter {name!r} holds values in layer {self.ffn.layer} that are not finite in {dtype}, "
                 "so it was not merged; train it again from its last good checkpoint."
             )
         if self.overlay:

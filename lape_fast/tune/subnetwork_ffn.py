@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -89,7 +90,7 @@ class SubnetworkFFN(nn.Module):
         self.held: str | None = None
         self.writes = 0
         self.policy: Policy = "save"
-        self.train(ffn.decoder_layer.training)
+        self.training = ffn.decoder_layer.training
         self.set_policy(policy)
         self._written: tuple | None = None
         self.register_load_state_dict_post_hook(_take_loaded)
@@ -233,12 +234,11 @@ class SubnetworkFFN(nn.Module):
         self.policy = policy
         if policy == "checkpoint":
             self._switch_before = {name: switch[name] for name in _SWITCH if name in switch}
-            switch["_gradient_checkpointing_func"] = _checkpoint
-            self.train(self.training)
+            switch.update(gradient_checkpointing=self.training, _gradient_checkpointing_func=_checkpoint)
 
     def train(self, mode: bool = True) -> SubnetworkFFN:
         super().train(mode)
-        # Only in training is the switch on: PEFT and the Trainer take it as a sign that inputs need gradients, which
+        # Only in training is the switch on: PEFT takes it as a sign that the embeddings must give gradients on, which
         # would cost a backward pass through the layers below the lowest trained one.
         switch = self.ffn.decoder_layer.__dict__
         if self.policy == "checkpoint" and switch.get("_gradient_checkpointing_func") is _checkpoint:
@@ -297,8 +297,8 @@ def _copy_rows(weight: Tensor, neurons: Tensor, rows: Tensor) -> None:
         weight.T[:, neurons] = rows.T.contiguous()
 
 
-def _checkpoint(function, *arguments: Any) -> Any:
-    return checkpoint(function, *arguments, use_reentrant=False)
+def _checkpoint(function: Callable, *arguments: Any, **keywords: Any) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False, **keywords)
 
 
 def _take_loaded(layer: SubnetworkFFN, keys: Any) -> None:

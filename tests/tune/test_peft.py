@@ -13,7 +13,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file
 
-from lape_fast.errors import AdapterError, ArchitectureError
+from lape_fast.errors import AdapterError, ArchitectureError, ConfigError
 from lape_fast.models import find_ffns
 from lape_fast.tune import peft_tuner
 from lape_fast.tune.subnetwork import installed_layers
@@ -296,11 +296,13 @@ def test_another_base_is_refused_and_left_as_it_was(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["has.a.dot", "keys", "copy", "training"])
-def test_a_name_that_torch_cannot_have_is_refused(name):
+def test_a_name_that_torch_cannot_have_and_an_unknown_policy_are_refused(name):
     base = base_model()
     made_of, before = modules(base), state(base)
     with pytest.raises(AdapterError, match=f"cannot be named {name!r}"):
         get_peft_model(base, config(), name)
+    with pytest.raises(ConfigError, match="policy 'offload' is unknown"):
+        get_peft_model(base, config(policy="offload"))
     assert modules(base) == made_of
     assert same_state(base, before)
 

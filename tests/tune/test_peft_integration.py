@@ -182,7 +182,7 @@ def test_transformers_checkpoints_give_the_same_gradients(model_type, policy, re
 def test_a_compiled_peft_model_follows_every_switch(recwarn):
     # The compiler has warnings of its own.
     warnings.simplefilter("ignore")
-    model = tuned_in_several(dtype=torch.float64).train()
+    model = tuned_in_several().double().train()
     reference = copy.deepcopy(model)
     compiled = torch.compile(model, backend="eager")
     for language in (MALTESE, ICELANDIC):
