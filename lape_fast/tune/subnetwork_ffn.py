@@ -19,7 +19,9 @@ import weakref
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -89,6 +91,8 @@ class SubnetworkFFN(nn.Module):
         self.policy: Policy = "save"
         self.set_policy(policy)
         self._written: tuple | None = None
+        # Best values that are put back, and adapters that are loaded, come by this way.
+        self.register_load_state_dict_post_hook(_synchronize_loaded)
         ATTACHED.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -120,7 +124,12 @@ class SubnetworkFFN(nn.Module):
         self.selections[name] = Selection(neurons, self.ffn.neurons, {} if self.overlay else values)
         for part, rows in values.items():
             # A copy even where the dtype is the same: the original must not move with the master.
-            getattr(self, part)[name] = nn.Parameter(rows.to(master_dtype(rows.dtype), copy=True))
+            master = nn.Parameter(rows.to(master_dtype(rows.dtype), copy=True))
+            getattr(self, part)[name] = master
+            weight = self.base_weight(part)
+            if isinstance(weight, DTensor):
+                # The model was sharded before this parameter was there, so nobody else reduces its gradient.
+                master.register_post_accumulate_grad_hook(functools.partial(average_gradient, weight.device_mesh))
 
     def remove(self, name: str) -> None:
         """Forgets a language that is not held."""
@@ -250,9 +259,26 @@ class SubnetworkFFN(nn.Module):
 
     @torch.no_grad()
     def _read(self, part: str, neurons: Tensor) -> Tensor:
-        weight = self.base_weight(part)
-        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        return weight.detach()[neurons].clone()
+        return whole(self.base_weight(part).detach())[neurons].clone()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that processes may share, in full; all of them must ask for it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _synchronize_loaded(layer: SubnetworkFFN, incompatible_keys: Any) -> None:
+    layer.synchronize_if_changed()
+
+
+def average_gradient(mesh: DeviceMesh, parameter: nn.Parameter) -> None:
+    """Makes a replicated parameter's gradient its mean over the processes that each computed a share of the rows.
+
+    What was averaged before stays as it is, so gradients may accumulate over several backward passes.
+    """
+    for dimension in range(mesh.ndim):
+        dist.all_reduce(parameter.grad, group=mesh.get_group(dimension))
+    parameter.grad.div_(mesh.size())
 
 
 def master_dtype(base: torch.dtype) -> torch.dtype:
