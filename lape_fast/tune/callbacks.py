@@ -74,7 +74,7 @@ class FiniteGradients(TrainerCallback):
         world: the processes among which the rows of a step are divided.
 
     Raises:
-        TrainingError: names the step and the rows, and says where the rows hold nothing but padding.
+        TrainingError: names the step and the rows.
     """
 
     def __init__(self, model: nn.Module, rows: Rows, world: World):
@@ -102,10 +102,8 @@ class FiniteGradients(TrainerCallback):
     def _describe(self, step: int) -> str:
         mine = {row for batch in self._batches for row in self._rows.find(batch["input_ids"])}
         numbers = sorted(set().union(*self._world.gather(mine)))
-        where = f"The gradient of step {step} (rows {', '.join(map(str, numbers))} of the packed text) is not finite"
-        if all(self._world.gather(all(bool((batch["labels"] == -100).all()) for batch in self._batches))):
-            return f"{where}, for these rows hold no token to predict; leave out documents that are empty."
         return (
-            f"{where}. The last checkpoint before it is kept, and the same command resumes from it; lower the learning "
-            "rate, or load the base in bfloat16 or float32 if it is float16."
+            f"The gradient of step {step} (rows {', '.join(map(str, numbers))} of the packed text) is not finite. The "
+            "last checkpoint before it is kept, and the same command resumes from it; lower the learning rate, or load "
+            "the base in bfloat16 or float32 if it is float16."
         )

@@ -85,12 +85,13 @@ class SubnetworkFFN(nn.Module):
         for part in self.parts:
             setattr(self, part, nn.ParameterDict())
         self.overlay = storage == "overlay" or (storage == "auto" and not ffn.writable)
-        # Whose values the block computes with, and how often the base was written.
+        # Whose values the block computes with, and how often any language's values changed.
         self.held: str | None = None
         self.writes = 0
+        # What the masters of each language showed when they were last written.
+        self._written: dict[str, tuple] = {}
         self.policy: Policy = "save"
         self.set_policy(policy)
-        self._written: tuple | None = None
         # Best values that are put back, and adapters that are loaded, come by this way.
         self.register_load_state_dict_post_hook(_synchronize_loaded)
         ATTACHED.add(self)
@@ -134,16 +135,23 @@ class SubnetworkFFN(nn.Module):
     def remove(self, name: str) -> None:
         """Forgets a language that is not held."""
         del self.selections[name]
+        self._written.pop(name, None)
         for part in self.parts:
             if name in getattr(self, part):
                 del getattr(self, part)[name]
 
     def hold(self, name: str | None) -> None:
-        """Computes with the values of ``name`` from now on, or with the base's own: a copy of k rows, or none."""
+        """Computes with the values of ``name`` from now on, or with the base's own: a copy of k rows, or none.
+
+        A graph from before the switch stays valid for the time after a switch back.
+        """
         if self.held is not None:
             self._write(self.held, self.originals())
         self.held = name
-        self.synchronize()
+        if name is not None and self._written.get(name) == self._stamp():
+            self._write(name, self.masters())
+        else:
+            self.synchronize_if_changed()
 
     @contextlib.contextmanager
     def holding(self, name: str | None):
@@ -163,11 +171,11 @@ class SubnetworkFFN(nn.Module):
         """
         if self.held is not None:
             self._write(self.held, self.masters())
-            self._written = self._stamp()
+        self.note_write()
 
     def synchronize_if_changed(self) -> None:
         """``synchronize`` if the held masters show that they were written since."""
-        if self.held is not None and self._written != self._stamp():
+        if self.held is not None and self._written.get(self.held) != self._stamp():
             self.synchronize()
 
     def make_resident(self) -> None:
@@ -190,6 +198,16 @@ class SubnetworkFFN(nn.Module):
         """The ``[K, D]`` trained values of ``name`` (of the held language); none where it has no neurons here."""
         name = name or self.held
         return {part: getattr(self, part)[name] for part in self.parts if name in getattr(self, part)}
+
+    def note_write(self) -> None:
+        """Counts a change of the values, after which the base holds the masters', so that older graphs are noticed."""
+        self.writes += 1
+        if self.held is not None:
+            self._written[self.held] = self._stamp()
+
+    def owns(self, parameters: set[int]) -> bool:
+        """Whether masters of any language are among these ``id``s."""
+        return any(id(master) in parameters for part in self.parts for master in getattr(self, part).values())
 
     def trained(self) -> list[nn.Parameter | None]:
         """Gate rows, up rows and down columns of the held language; None where there are none."""
@@ -214,10 +232,6 @@ class SubnetworkFFN(nn.Module):
         weights = dict(zip(PARTS, ("gate_weight", "up_weight", "down_weight"), strict=True))
         weight = getattr(self.ffn, weights[part])
         return weight.T if part == PARTS[2] else weight
-
-    def note_write(self) -> None:
-        """Counts a change of the base, so that a graph from before it is noticed."""
-        self.writes += 1
 
     def set_policy(self, policy: Policy) -> None:
         """Chooses what is kept for backward, for this block and (``checkpoint``) its decoder layer.
@@ -252,7 +266,6 @@ class SubnetworkFFN(nn.Module):
                 )
             # .data: the base is frozen, and a graph that must not see this write is caught by counting writes.
             weight.data.index_copy_(0, neurons, rows.detach().to(weight.dtype))
-        self.note_write()
 
     def _stamp(self) -> tuple:
         return tuple((part, id(master), master._version) for part, master in self.masters().items())
