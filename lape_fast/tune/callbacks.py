@@ -1,5 +1,5 @@
-"""What watches a training run of the transformers Trainer: a progress bar, a guard against what is not finite, and one
-that saves before it gives way to a signal."""
+"""What watches a training run of the transformers Trainer: its progress, its measurements, what is not finite, and
+signals to end it."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._advance(1, self._tokens_per_step)
+
+
+class RowMeans(TrainerCallback):
+    """Measures a validation row by its own tokens; the Trainer would divide by those of all processes' rows."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        args.average_tokens_across_devices = not control.should_evaluate
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        args.average_tokens_across_devices = True
 
 
 class Interruption(TrainerCallback):

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,16 +128,20 @@ class Steps(torch.utils.data.Dataset):
 
 
 def pack_documents(model: nn.Module, tokenizer, documents: Sequence[str], context_length: int) -> Rows:
-    """Tokenises and packs documents to train on.
+    """Tokenises and packs documents to train on; rows that are empty but for their first token are left out.
 
     Raises:
         CorpusError: there is no token to predict.
     """
     token_lists = tokenize(tokenizer, list(documents))
     packed = pack_for_model(model, tokenizer, token_lists, [0] * len(documents), context_length)
-    if not (packed.labels != -100).any():
+    rows = Rows(packed, with_positions=supports_packing(model))
+    # A model never predicts the first token of a row; the mean over no token at all would be no number.
+    predicts = (packed.labels[:, 1:] != -100).any(1)
+    rows.columns = {name: values[predicts] for name, values in rows.columns.items()}
+    if not len(rows):
         raise CorpusError(f"The {len(documents)} documents hold no token to predict; give more text.")
-    return Rows(packed, with_positions=supports_packing(model))
+    return rows
 
 
 def train(
@@ -161,7 +166,8 @@ def train(
         output: folder for checkpoints and the log.
         settings: how to train.
         identity: what is trained; a run of something else is not resumed.
-        validation: measured every ``evaluate_every`` steps; at the end the best values are put back.
+        validation: measured every ``evaluate_every`` steps, as the mean over its rows; at the end the best values are
+            put back.
         optimizer: None for torch's fused AdamW.
         description: of the progress bar.
 
@@ -175,7 +181,7 @@ def train(
     """
     from transformers import set_seed
 
-    from lape_fast.tune.callbacks import FiniteGradients, Interruption, Progress
+    from lape_fast.tune.callbacks import FiniteGradients, Interruption, Progress, RowMeans
 
     output = Path(output)
     steps = settings.steps or math.ceil(settings.epochs * len(rows) / settings.rows_per_step)
@@ -187,10 +193,14 @@ def train(
         set_seed(settings.seed)
         trainer = _trainer(model, rows, validation, output, steps, settings, optimizer, world)
         trainer.add_callback(stack.enter_context(FiniteGradients(model, rows, world)))
+        trainer.add_callback(RowMeans())
         interruption = stack.enter_context(Interruption(world))
         trainer.add_callback(interruption)
         if world.is_main:
             trainer.add_callback(Progress(stack.enter_context(progress_bar(description, steps)), tokens_per_step))
+        # accelerate renames what the Trainer passes to it.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         start = time.perf_counter()
         with _others_there():
             result = trainer.train(resume_from_checkpoint=last_checkpoint(output))
@@ -268,7 +278,9 @@ def _trainer(model, rows, validation, output, steps, settings: TrainingSettings,
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=per_pass,
-        per_device_eval_batch_size=_rows_per_measurement(settings, len(validation or ())),
+        # The Trainer weighs a row's tokens by the others in its batch. One row each, a measurement does not depend on
+        # the number of processes and of rows per pass.
+        per_device_eval_batch_size=1,
         gradient_accumulation_steps=passes,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
@@ -313,13 +325,3 @@ def _trainer(model, rows, validation, output, steps, settings: TrainingSettings,
     # Our own bar shows the progress; the Trainer's default callback prints every log line instead.
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _rows_per_measurement(settings: TrainingSettings, rows: int) -> int:
-    """Rows per pass over the validation text, of which each pass has as many.
-
-    The Trainer would fill up the last pass of several processes, and weighs the rows of a pass by their tokens but
-    passes by their rows; a measurement must not depend on the number of processes.
-    """
-    most = settings.rows_per_pass or settings.rows_per_step
-    return next((number for number in range(min(most, rows), 0, -1) if rows % number == 0), 1)
