@@ -59,9 +59,12 @@ def tune(
 ) -> None:
     """Tune one language's neurons and write an adapter folder. The same command resumes an interrupted run.
 
+    Under torchrun each GPU computes its share of the rows of every step.
+
     Example: lape-fast tune --model meta-llama/Llama-3.1-8B --corpus texts/ --neurons out/neurons.safetensors
     --language mlt_Latn --output adapters/mlt_Latn
     """
+    from lape_fast.identify import joined_world
     from lape_fast.text import canonical
     from lape_fast.tune import SubnetworkConfig, TrainingSettings, tune_language
 
@@ -77,14 +80,16 @@ def tune(
         weight_decay=weight_decay,
         seed=seed,
     )
-    loaded, tokenizer = load(model, dtype, device, quantise=quantise)
-    _, report = tune_language(loaded, tokenizer, opened, choice, output, settings, validation)
+    with joined_world() as world:
+        loaded, tokenizer = load(model, dtype, device or world.device, quantise=quantise)
+        _, report = tune_language(loaded, tokenizer, opened, choice, output, settings, validation)
     facts = {
         "adapter": str(output),
         "language": canonical(language),
         **{name: value for name, value in report.items() if name != "log"},
     }
-    print_facts(output, facts, as_json)
+    if world.is_main:
+        print_facts(output, facts, as_json)
 
 
 def merge(

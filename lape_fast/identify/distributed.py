@@ -1,4 +1,4 @@
-"""Several processes that count together, as ``torchrun`` starts them; a process by itself is a world of one."""
+"""Several processes that work together, as ``torchrun`` starts them; a process by itself is a world of one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lape_fast.errors import WorkerError
+
+OTHER_ENDED = (
+    "Another process of this run has ended; see what it said, and start all of them again to go on from their last "
+    "checkpoints."
+)
 
 # Processes meet at the end of long work, and the first to arrive may wait for hours. One that died is noticed by the
 # launcher, which ends the others.
@@ -68,15 +73,14 @@ def _others_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise WorkerError(
-            "Another process of this run has ended; see what it said, and start all of them again to go on from their "
-            "last checkpoints."
-        ) from error
+        raise WorkerError(OTHER_ENDED) from error
 
 
 @contextlib.contextmanager
 def joined_world() -> Iterator[World]:
     """Joins the processes that ``torchrun`` started; without it, yields a world of one.
+
+    Inside another ``joined_world``, or where the processes were joined by other means, it yields the same world.
 
     Example:
         >>> with joined_world() as world:
@@ -90,6 +94,9 @@ def joined_world() -> Iterator[World]:
     if torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield World(dist.get_rank(), size, device or "cpu")
+        return
     # Objects travel by gloo, tensors by what belongs to their device.
     with _others_there():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device else "gloo", timeout=PATIENCE)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lape_fast.errors import ArchitectureError, FileFormatError
 from lape_fast.files import read_json, read_safetensors, write_json, write_tensors
 from lape_fast.models import dequantise_model, model_identity
 from lape_fast.tune.subnetwork import Subnetwork, attach_subnetwork
-from lape_fast.tune.subnetwork_ffn import Policy, Storage
+from lape_fast.tune.subnetwork_ffn import Policy, Storage, whole
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
@@ -32,17 +33,21 @@ REQUIRED = {"peft_type", "language", "base", "neurons", "replaced_values_sha256"
 def write_adapter(subnetwork: Subnetwork, folder: Path, config: Mapping[str, Any]) -> None:
     """Writes the two files of an adapter into a folder that exists, with the values in the base's dtype.
 
+    All processes of a sharded model must call it together; the first one writes.
+
     Args:
         subnetwork: the attached subnetwork.
         folder: where; use ``atomic_folder`` for an adapter that others shall read.
         config: a ``SubnetworkConfig`` as ``to_dict`` gives it; the base and its fingerprint are filled in.
     """
     tensors = {
-        f"{PREFIX}{path}.{part}": master.detach().to(layer.ffn.dtype)
+        f"{PREFIX}{path}.{part}": whole(master.detach()).to(layer.ffn.dtype)
         for path, layer in zip(subnetwork.paths, subnetwork.layers, strict=True)
         for part, master in layer.masters(subnetwork.name).items()
     }
     facts = {"base": subnetwork.base, "replaced_values_sha256": subnetwork.fingerprint(), "inference_mode": True}
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     write_tensors(folder / TENSORS_NAME, "adapter", tensors, {"language": config["language"]})
     write_json(folder / CONFIG_NAME, {**config, **facts})
 

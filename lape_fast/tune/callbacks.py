@@ -1,7 +1,10 @@
-"""What watches a training run of the transformers Trainer: a progress bar, and a guard against what is not finite."""
+"""What watches a training run of the transformers Trainer: its progress, its measurements, what is not finite, and
+signals to end it."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,10 +12,14 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lape_fast.errors import TrainingError
+from lape_fast.identify.distributed import World
 from lape_fast.progress import Advance
 
 if TYPE_CHECKING:
     from lape_fast.tune.training import Rows
+
+# What a shell sends for Ctrl-C, and what a scheduler or torchrun sends to end a process.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Progress(TrainerCallback):
@@ -25,19 +32,63 @@ class Progress(TrainerCallback):
         self._advance(1, self._tokens_per_step)
 
 
+class RowMeans(TrainerCallback):
+    """Measures a validation row by its own tokens; the Trainer would divide by those of all processes' rows."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        args.average_tokens_across_devices = not control.should_evaluate
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        args.average_tokens_across_devices = True
+
+
+class Interruption(TrainerCallback):
+    """Ends training behind the step that a signal came in, with a checkpoint of it; a second signal ends at once.
+
+    Attributes:
+        stopped: whether it did.
+
+    Args:
+        world: processes that have to stop behind the same step, whichever of them got the signal.
+    """
+
+    def __init__(self, world: World):
+        self._world, self._signalled, self.stopped = world, False, False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        # Python lets no other thread listen.
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, *arguments: Any) -> None:
+        self._signalled = True
+        self.__exit__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._world.sum(torch.tensor(int(self._signalled))):
+            self.stopped = control.should_save = control.should_training_stop = True
+
+
 class FiniteGradients(TrainerCallback):
     """Stops before an optimizer step whose gradient is not finite, so that the values of the last step are kept.
 
     Args:
         model: what is trained.
         rows: the training rows, among which the fault is looked for.
+        world: the processes among which the rows of a step are divided.
 
     Raises:
-        TrainingError: names the step and the rows, and says where the rows hold nothing but padding.
+        TrainingError: names the step and the rows.
     """
 
-    def __init__(self, model: nn.Module, rows: Rows):
-        self._model, self._rows = model, rows
+    def __init__(self, model: nn.Module, rows: Rows, world: World):
+        self._model, self._rows, self._world = model, rows, world
         self._batches: list[dict[str, Tensor]] = []
 
     def __enter__(self) -> FiniteGradients:
@@ -53,16 +104,16 @@ class FiniteGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+        # The processes have one gradient, so either all of them stop or none.
         if gradients and not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
             raise TrainingError(self._describe(state.global_step + 1))
         self._batches.clear()
 
     def _describe(self, step: int) -> str:
-        numbers = sorted({row for batch in self._batches for row in self._rows.find(batch["input_ids"])})
-        where = f"The gradient of step {step} (rows {', '.join(map(str, numbers))} of the packed text) is not finite"
-        if all((batch["labels"] == -100).all() for batch in self._batches):
-            return f"{where}, for these rows hold no token to predict; leave out documents that are empty."
+        mine = {row for batch in self._batches for row in self._rows.find(batch["input_ids"])}
+        numbers = sorted(set().union(*self._world.gather(mine)))
         return (
-            f"{where}. The last checkpoint before it is kept, and the same command resumes from it; lower the learning "
-            "rate, or load the base in bfloat16 or float32 if it is float16."
+            f"The gradient of step {step} (rows {', '.join(map(str, numbers))} of the packed text) is not finite. The "
+            "last checkpoint before it is kept, and the same command resumes from it; lower the learning rate, or load "
+            "the base in bfloat16 or float32 if it is float16."
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from peft import PeftConfig, PeftType
@@ -96,6 +96,9 @@ class SubnetworkConfig(PeftConfig):
     neurons_per_layer: int | None = None
     base: dict | None = None
     replaced_values_sha256: str | None = None
+    # Trainers read these, and set them where a tokenizer has new tokens.
+    modules_to_save: ClassVar[list[str] | None] = None
+    trainable_token_indices: ClassVar[dict[str, list[int]] | None] = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -265,6 +268,12 @@ class SubnetworkTuner(BaseTuner):
     def _inject(self, model: nn.Module, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
+        if config.modules_to_save or config.trainable_token_indices:
+            raise AdapterError(
+                "A subnetwork trains no other weights, but its configuration was given modules_to_save="
+                f"{config.modules_to_save} and trainable_token_indices={config.trainable_token_indices}; add no tokens "
+                "to the tokenizer."
+            )
         identity, what = model_identity(model), f"The adapter {adapter_name!r}"
         if config.base:
             check_base(config.base, identity, what)

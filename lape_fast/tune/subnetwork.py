@@ -259,7 +259,7 @@ def _write_after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         return
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in list(ATTACHED):
-        if any(id(master) in stepped for master in layer.trained()):
+        if layer.owns(stepped):
             layer.synchronize()
 
 

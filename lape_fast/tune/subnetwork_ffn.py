@@ -14,12 +14,15 @@ A block can hold the values of several languages, by name, and computes with tho
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -86,13 +89,14 @@ class SubnetworkFFN(nn.Module):
         for part in self.parts:
             setattr(self, part, nn.ParameterDict())
         self.overlay = storage == "overlay" or (storage == "auto" and not ffn.writable)
-        # Whose values the block computes with, and how often the base was written.
+        # Whose values the block computes with, and how often any language's values changed.
         self.held: str | None = None
         self.writes = 0
+        # What the masters of each language showed when they were last written.
+        self._written: dict[str, tuple] = {}
         self.policy: Policy = "save"
         self.training = ffn.decoder_layer.training
         self.set_policy(policy)
-        self._written: tuple | None = None
         self.register_load_state_dict_post_hook(_take_loaded)
         ATTACHED.add(self)
 
@@ -123,25 +127,37 @@ class SubnetworkFFN(nn.Module):
         self.selections[name] = Selection(neurons, self.ffn.neurons, {} if self.overlay else values)
         for part, rows in values.items():
             # A copy even where the dtype is the same: the original must not move with the master.
-            getattr(self, part)[name] = nn.Parameter(rows.to(master_dtype(rows.dtype), copy=True))
+            master = nn.Parameter(rows.to(master_dtype(rows.dtype), copy=True))
+            getattr(self, part)[name] = master
+            weight = self.base_weight(part)
+            if isinstance(weight, DTensor):
+                # The model was sharded before this parameter was there, so nobody else reduces its gradient.
+                master.register_post_accumulate_grad_hook(functools.partial(average_gradient, weight.device_mesh))
 
     def remove(self, name: str) -> None:
         """Forgets a language that is not held, if it is known."""
         if name in self.selections:
             del self.selections[name]
+        self._written.pop(name, None)
         for part in self.parts:
             if name in getattr(self, part):
                 del getattr(self, part)[name]
 
     def hold(self, name: str | None) -> None:
-        """Computes with the values of ``name`` from now on, or with the base's own: a copy of k rows, or none."""
+        """Computes with the values of ``name`` from now on, or with the base's own: a copy of k rows, or none.
+
+        A graph from before the switch stays valid for the time after a switch back.
+        """
         if name == self.held:
             self.synchronize_if_changed()
             return
         if self.held is not None:
             self._write(self.held, {} if self.overlay else self.originals())
         self.held = name
-        self.synchronize()
+        if name is not None and self._written.get(name) == self._stamp():
+            self._write(name, self.masters())
+        else:
+            self.synchronize_if_changed()
 
     @contextlib.contextmanager
     def holding(self, name: str | None):
@@ -161,10 +177,11 @@ class SubnetworkFFN(nn.Module):
         """
         if self.held is not None:
             self._write(self.held, self.masters())
+        self.note_write()
 
     def synchronize_if_changed(self) -> None:
         """``synchronize`` if the held masters show that they were written since."""
-        if self.held is not None and self._written != self._stamp():
+        if self.held is not None and self._written.get(self.held) != self._stamp():
             self.synchronize()
 
     def make_resident(self) -> None:
@@ -187,6 +204,16 @@ class SubnetworkFFN(nn.Module):
         """The ``[K, D]`` trained values of ``name`` (of the held language); none where it has no neurons here."""
         name = name or self.held
         return {part: getattr(self, part)[name] for part in self.parts if name in getattr(self, part)}
+
+    def note_write(self) -> None:
+        """Counts a change of the values, after which the base holds the masters', so that older graphs are noticed."""
+        self.writes += 1
+        if self.held is not None:
+            self._written[self.held] = self._stamp()
+
+    def owns(self, parameters: set[int]) -> bool:
+        """Whether masters of any language are among these ``id``s."""
+        return any(id(master) in parameters for part in self.parts for master in getattr(self, part).values())
 
     def trained(self) -> list[nn.Parameter | None]:
         """Gate rows, up rows and down columns of the held language; None where there are none."""
@@ -211,11 +238,6 @@ class SubnetworkFFN(nn.Module):
         weights = dict(zip(PARTS, ("gate_weight", "up_weight", "down_weight"), strict=True))
         weight = getattr(self.ffn, weights[part])
         return weight.T if part == PARTS[2] else weight
-
-    def note_write(self) -> None:
-        """Tells that the base now holds what the masters say, so that a graph from before it is noticed."""
-        self.writes += 1
-        self._written = self._stamp()
 
     def set_policy(self, policy: Policy) -> None:
         """Chooses what is kept for backward, for this block and (``checkpoint``) its decoder layer.
@@ -261,16 +283,13 @@ class SubnetworkFFN(nn.Module):
                 )
             # .data: the base is frozen, and a graph that must not see this write is caught by counting writes.
             _copy_rows(weight.data, neurons, rows.detach().to(weight.dtype))
-        self.note_write()
 
     def _stamp(self) -> tuple:
         return tuple((part, id(master), master._version) for part, master in self.masters().items())
 
     @torch.no_grad()
     def _read(self, part: str, neurons: Tensor) -> Tensor:
-        weight = self.base_weight(part)
-        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        return _rows(weight.detach(), neurons)
+        return _rows(whole(self.base_weight(part).detach()), neurons)
 
     def _read_original(self, part: str, neurons: Tensor) -> Tensor:
         """What the base has at ``neurons``, in whose place the held language's values may stand."""
@@ -310,6 +329,21 @@ def _take_loaded(layer: SubnetworkFFN, keys: Any) -> None:
             if (master.device, master.dtype) != tuple(place.values()):
                 master.data = master.data.to(**place)
     layer.synchronize_if_changed()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that processes may share, in full; all of them must ask for it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def average_gradient(mesh: DeviceMesh, parameter: nn.Parameter) -> None:
+    """Makes a replicated parameter's gradient its mean over the processes that each computed a share of the rows.
+
+    What was averaged before stays as it is, so gradients may accumulate over several backward passes.
+    """
+    for dimension in range(mesh.ndim):
+        dist.all_reduce(parameter.grad, group=mesh.get_group(dimension))
+    parameter.grad.div_(mesh.size())
 
 
 def master_dtype(base: torch.dtype) -> torch.dtype:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from lape_fast.errors import ConfigError, CorpusError, TrainingError
+from lape_fast.errors import ConfigError, CorpusError, FileFormatError, StoppedError, TrainingError, WorkerError
 from lape_fast.files import read_json, write_json
+from lape_fast.identify.distributed import OTHER_ENDED, World, joined_world
 from lape_fast.models import supports_packing
 from lape_fast.progress import progress_bar
 from lape_fast.text import pack_for_model, tokenize
@@ -99,17 +103,45 @@ class Rows(torch.utils.data.Dataset):
         return [row for ids in input_ids.to(mine.device) for row in torch.nonzero((mine == ids).all(1))[:1, 0].tolist()]
 
 
+class Steps(torch.utils.data.Dataset):
+    """The rows of all steps in their order: pass after pass over the text, each in an order of its own.
+
+    No step holds fewer rows than another, and each holds the same ones, however many processes share them.
+
+    Args:
+        rows: the text.
+        number: how many rows the steps need.
+        seed: of the order.
+    """
+
+    def __init__(self, rows: Rows, number: int, seed: int):
+        self.rows = rows
+        generator = torch.Generator().manual_seed(seed)
+        passes = math.ceil(number / len(rows))
+        self.order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])[:number]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        return self.rows[int(self.order[number])]
+
+
 def pack_documents(model: nn.Module, tokenizer, documents: Sequence[str], context_length: int) -> Rows:
-    """Tokenises and packs documents to train on.
+    """Tokenises and packs documents to train on; rows that are empty but for their first token are left out.
 
     Raises:
         CorpusError: there is no token to predict.
     """
     token_lists = tokenize(tokenizer, list(documents))
     packed = pack_for_model(model, tokenizer, token_lists, [0] * len(documents), context_length)
-    if not (packed.labels != -100).any():
+    rows = Rows(packed, with_positions=supports_packing(model))
+    # A model never predicts the first token of a row; the mean over no token at all would be no number.
+    predicts = (packed.labels[:, 1:] != -100).any(1)
+    rows.columns = {name: values[predicts] for name, values in rows.columns.items()}
+    if not len(rows):
         raise CorpusError(f"The {len(documents)} documents hold no token to predict; give more text.")
-    return Rows(packed, with_positions=supports_packing(model))
+    return rows
 
 
 def train(
@@ -125,13 +157,17 @@ def train(
 ) -> dict[str, Any]:
     """Trains the parameters that need gradients; an interrupted run with the same settings resumes.
 
+    Under ``torchrun`` each process computes its share of every step's rows; the result is that of one process, to
+    rounding. SIGINT and SIGTERM end the run behind the step they come in, with a checkpoint.
+
     Args:
         model: what the Trainer is given: a model, or a PEFT model, whose checkpoints hold the adapter only.
         rows: what to train on.
         output: folder for checkpoints and the log.
         settings: how to train.
         identity: what is trained; a run of something else is not resumed.
-        validation: measured every ``evaluate_every`` steps; at the end the best values are put back.
+        validation: measured every ``evaluate_every`` steps, as the mean over its rows; at the end the best values are
+            put back.
         optimizer: None for torch's fused AdamW.
         description: of the progress bar.
 
@@ -140,45 +176,86 @@ def train(
 
     Raises:
         TrainingError: the folder holds a run with other settings, or a gradient is not finite.
+        StoppedError: a signal came.
+        WorkerError: another process has ended.
     """
     from transformers import set_seed
 
-    from lape_fast.tune.callbacks import FiniteGradients, Progress
+    from lape_fast.tune.callbacks import FiniteGradients, Interruption, Progress, RowMeans
 
     output = Path(output)
     steps = settings.steps or math.ceil(settings.epochs * len(rows) / settings.rows_per_step)
-    _claim(output, {**vars(settings), "steps": steps, "rows": len(rows), "identity": identity})
-    set_seed(settings.seed)
+    claim = {**vars(settings), "steps": steps, "rows": len(rows), "identity": identity}
     tokens_per_step = settings.rows_per_step * settings.context_length
-    with progress_bar(description, steps) as advance, FiniteGradients(model, rows) as guard:
-        trainer = _trainer(model, rows, validation, output, steps, settings, optimizer)
-        trainer.add_callback(Progress(advance, tokens_per_step))
-        trainer.add_callback(guard)
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(joined_world())
+        _claim(output, claim, world)
+        set_seed(settings.seed)
+        trainer = _trainer(model, rows, validation, output, steps, settings, optimizer, world)
+        trainer.add_callback(stack.enter_context(FiniteGradients(model, rows, world)))
+        trainer.add_callback(RowMeans())
+        interruption = stack.enter_context(Interruption(world))
+        trainer.add_callback(interruption)
+        if world.is_main:
+            trainer.add_callback(Progress(stack.enter_context(progress_bar(description, steps)), tokens_per_step))
+        # accelerate renames what the Trainer passes to it.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         start = time.perf_counter()
-        result = trainer.train(resume_from_checkpoint=last_checkpoint(output))
+        with _others_there():
+            result = trainer.train(resume_from_checkpoint=last_checkpoint(output))
     seconds = time.perf_counter() - start
+    if interruption.stopped and trainer.state.global_step < steps:
+        raise StoppedError(
+            f"Interrupted after step {trainer.state.global_step} of {steps}; the same command goes on from there."
+        )
     return {
         "steps": trainer.state.global_step,
         "seconds": seconds,
         "tokens_per_second": trainer.state.global_step * tokens_per_step / seconds,
         "train_loss": result.training_loss,
-        "log": trainer.state.log_history,
+        "log": [_with_epoch(entry, settings.rows_per_step / len(rows)) for entry in trainer.state.log_history],
     }
 
 
 def last_checkpoint(output: Path) -> str | None:
     """The newest complete checkpoint of a run; the Trainer writes its state last."""
-    complete = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
-    numbered = {int(path.name.removeprefix("checkpoint-")): path for path in complete}
-    return str(numbered[max(numbered)]) if numbered else None
+    numbered = {int(path.name.removeprefix("checkpoint-")): path for path in output.glob("checkpoint-*[0-9]")}
+    return next((str(numbered[step]) for step in sorted(numbered, reverse=True) if _is_complete(numbered[step])), None)
 
 
-def _claim(output: Path, settings: dict[str, Any]) -> None:
+def _is_complete(checkpoint: Path) -> bool:
+    state = checkpoint / "trainer_state.json"
+    try:
+        return state.is_file() and bool(read_json(state))
+    except FileFormatError:
+        return False
+
+
+@contextlib.contextmanager
+def _others_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo has no exception of its own.
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise WorkerError(OTHER_ENDED) from error
+        raise
+
+
+def _with_epoch(entry: dict[str, Any], epochs_per_step: float) -> dict[str, Any]:
+    """An entry of the Trainer's log, which takes all steps for one epoch."""
+    return {**entry, "epoch": round(entry["step"] * epochs_per_step, 4)}
+
+
+def _claim(output: Path, settings: dict[str, Any], world: World) -> None:
     """Remembers the settings of a run, and refuses to resume it with others."""
     path = output / SETTINGS_NAME
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     if not path.exists():
-        write_json(path, settings)
+        # Of the other processes, those that find the file already find their own settings in it.
+        if world.is_main:
+            write_json(path, settings)
         return
     earlier = read_json(path)
     changed = [name for name in settings if earlier.get(name) != settings[name]]
@@ -190,17 +267,20 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _trainer(model, rows, validation, output, steps, settings: TrainingSettings, optimizer):
+def _trainer(model, rows, validation, output, steps, settings: TrainingSettings, optimizer, world: World):
     from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, default_data_collator
     from transformers.trainer_callback import PrinterCallback
 
     evaluate_every = min(settings.evaluate_every, steps)
-    per_pass, passes = settings.rows_and_passes(int(os.environ.get("WORLD_SIZE", "1")))
+    stops_early = settings.patience is not None and validation is not None
+    per_pass, passes = settings.rows_and_passes(world.size)
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=per_pass,
-        per_device_eval_batch_size=per_pass,
+        # The Trainer weighs a row's tokens by the others in its batch. One row each, a measurement does not depend on
+        # the number of processes and of rows per pass.
+        per_device_eval_batch_size=1,
         gradient_accumulation_steps=passes,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
@@ -208,6 +288,8 @@ def _trainer(model, rows, validation, output, steps, settings: TrainingSettings,
         warmup_steps=settings.warmup,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
+        # `Steps` has the order.
+        train_sampling_strategy="sequential",
         save_strategy="steps",
         # The best values can only be put back if each measured one was saved.
         save_steps=evaluate_every if validation else settings.save_every,
@@ -221,22 +303,24 @@ def _trainer(model, rows, validation, output, steps, settings: TrainingSettings,
         report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
         log_level="error",
-        # Every trained parameter is used in every pass.
+        # The patience that is left.
+        restore_callback_states_from_checkpoint=stops_early,
+        # Every trained parameter is used in every pass, and no buffer ever changes.
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
     # One process trains on one GPU; of several visible ones the Trainer would make a DataParallel.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    stopping = [EarlyStoppingCallback(settings.patience)] if settings.patience and validation else []
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=rows,
+        train_dataset=Steps(rows, steps * settings.rows_per_step, settings.seed),
         eval_dataset=validation,
         data_collator=default_data_collator,
         optimizers=(optimizer, None),
-        callbacks=stopping,
+        callbacks=[EarlyStoppingCallback(settings.patience)] if stops_early else [],
     )
     # Our own bar shows the progress; the Trainer's default callback prints every log line instead.
     trainer.remove_callback(PrinterCallback)

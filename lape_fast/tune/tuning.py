@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from lape_fast.errors import CorpusError
 from lape_fast.files import atomic_folder, refuse_existing, write_json
+from lape_fast.identify import joined_world
 from lape_fast.models import without_logits
 from lape_fast.text import Corpus, canonical
 from lape_fast.tune.adapter import write_adapter
@@ -53,13 +55,12 @@ def tune_language(
     Raises:
         CorpusError: the corpus lacks the language.
         FileExistsAlreadyError: the output is there already.
+        StoppedError: a signal came; the checkpoint of the step it came in is saved.
 
     Example:
         >>> config = SubnetworkConfig(neurons="out/neurons.safetensors", language="mlt_Latn")
         >>> tune_language(model, tokenizer, open_corpus("texts/"), config, "adapters/mlt_Latn")
     """
-    from peft import get_peft_model
-
     settings = settings or TrainingSettings()
     output = Path(output)
     refuse_existing(output)
@@ -68,11 +69,11 @@ def tune_language(
     held_out = validation and pack_documents(
         model, tokenizer, _documents(validation, language), settings.context_length
     )
-    peft_model = get_peft_model(model, config)
+    peft_model = _peft_model(model, config)
     subnetwork = Subnetwork(model, peft_model.active_adapter)
     workspace = output.with_name(f"{output.name}.checkpoints")
     optimizer = subnetwork.optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    with without_logits(model):
+    with joined_world() as world, without_logits(model):
         report = train(
             peft_model.train(),
             rows,
@@ -83,13 +84,26 @@ def tune_language(
             optimizer=optimizer,
             description=f"tuning {language}",
         )
-    model.eval()
-    report = {"neurons": sum(map(len, subnetwork.neurons().values())), "trainable": subnetwork.trainable(), **report}
-    with atomic_folder(output) as folder:
-        write_adapter(subnetwork, folder, config.to_dict())
-        write_json(folder / LOG_NAME, {"settings": asdict(settings), **report})
-    shutil.rmtree(workspace)
+        model.eval()
+        sizes = {"neurons": sum(map(len, subnetwork.neurons().values())), "trainable": subnetwork.trainable()}
+        report = {**sizes, **report}
+        if world.is_main:
+            with atomic_folder(output) as folder:
+                write_adapter(subnetwork, folder, config.to_dict())
+                write_json(folder / LOG_NAME, {"settings": asdict(settings), **report})
+            shutil.rmtree(workspace)
+        # So that no process goes on to read what is not written yet.
+        world.wait()
     return subnetwork, report
+
+
+def _peft_model(model: nn.Module, config: SubnetworkConfig):
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # PEFT asks the model by the older name of activation checkpointing.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def _documents(corpus: Corpus, language: str) -> list[str]:

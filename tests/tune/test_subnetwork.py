@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -257,14 +258,35 @@ def test_a_second_backward_is_refused_under_save_and_right_under_recompute():
                 torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-12, atol=0)
 
 
-def test_weights_changed_between_forward_and_backward_are_noticed():
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("storage", ["resident", "overlay"])
+def test_weights_changed_between_forward_and_backward_are_noticed(storage, fused):
     model = tiny_model("llama")
-    subnetwork = attach_subnetwork(model, neurons_of(model, [2, 2]))
+    subnetwork = attach_subnetwork(model, neurons_of(model, [2, 2]), storage=storage)
+    optimizer = torch.optim.AdamW(subnetwork.parameters(), lr=1e-2, fused=fused)
+    model(**batch()).loss.backward()
+    for change in (subnetwork.disabled, contextlib.nullcontext):
+        loss = model(**batch()).loss
+        with change():
+            optimizer.step()
+        with pytest.raises(TrainingError, match="between its forward and its backward"):
+            loss.backward()
     loss = model(**batch()).loss
-    with subnetwork.disabled():
-        pass
-    with pytest.raises(TrainingError, match="between its forward and its backward"):
+    with subnetwork.disabled(), pytest.raises(TrainingError, match="between its forward and its backward"):
         loss.backward()
+
+
+def test_a_reference_may_be_computed_between_forward_and_backward():
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    subnetwork = attach_subnetwork(model, neurons_of(model, [2, 2]))
+    model(**batch()).loss.backward()
+    expected = [parameter.grad.clone() for parameter in subnetwork.parameters()]
+    model.zero_grad()
+    loss = model(**batch()).loss
+    with subnetwork.disabled(), torch.no_grad():
+        model(**batch())
+    loss.backward()
+    assert all(torch.equal(left.grad, right) for left, right in zip(subnetwork.parameters(), expected, strict=True))
 
 
 def test_memory_saved_for_backward_holds_no_weight_and_shrinks_with_recompute():

@@ -153,15 +153,14 @@ def test_the_best_values_on_validation_text_are_kept(base, tmp_path):
     assert min(measured) < measured[-1]
     rows = pack_documents(model, tokenizer, list(validation.documents("mlt_Latn")), 32)
     with torch.no_grad():
-        losses, tokens = zip(*(_loss(model, rows[row]) for row in range(len(rows))), strict=True)
-    # All rows were in one validation batch, so the Trainer's mean is over the same tokens, in fp32.
-    assert float(sum(losses) / sum(tokens)) == pytest.approx(min(measured), rel=1e-4)
+        losses = [_loss(model, rows[row]) for row in range(len(rows))]
+    # The Trainer's losses are in fp32.
+    assert float(sum(losses) / len(losses)) == pytest.approx(min(measured), rel=1e-4)
 
 
 def _loss(model, row):
     logits = model(row["input_ids"][None], position_ids=row["position_ids"][None]).logits[0, :-1]
-    labels = row["labels"][1:]
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), (labels != -100).sum()
+    return torch.nn.functional.cross_entropy(logits, row["labels"][1:])
 
 
 def test_the_random_control_has_as_many_neurons_and_none_of_the_languages(base, corpus, tmp_path):
