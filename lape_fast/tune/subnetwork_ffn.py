@@ -51,10 +51,12 @@ class Selection(nn.Module):
         neurons: int64 ``[K]``, sorted.
         slots: int32 ``[F]``, see ``slot_map``.
         original_*: ``[K, D]`` per part in the base's dtype, in resident storage; without effect on a state dict.
+        was_held: whether the base has ever held its values.
     """
 
     def __init__(self, neurons: Tensor, width: int, originals: dict[str, Tensor]):
         super().__init__()
+        self.was_held = False
         self.register_buffer("neurons", neurons, persistent=False)
         self.register_buffer("slots", slot_map(neurons, width), persistent=False)
         for part, values in originals.items():
@@ -141,7 +143,10 @@ class SubnetworkFFN(nn.Module):
         if self.held is not None:
             self._write(self.held, {} if self.overlay else self.originals())
         self.held = name
-        self.synchronize()
+        if name is not None and self._is_fresh(self.selections[name]):
+            self._written = self._stamp()
+        else:
+            self.synchronize()
 
     @contextlib.contextmanager
     def holding(self, name: str | None):
@@ -262,6 +267,14 @@ class SubnetworkFFN(nn.Module):
             # .data: the base is frozen, and a graph that must not see this write is caught by counting writes.
             _copy_rows(weight.data, neurons, rows.detach().to(weight.dtype))
         self.note_write()
+
+    def _is_fresh(self, chosen: Selection) -> bool:
+        """Whether the held language, for the first time, has the base's own values, which need not be written."""
+        first, chosen.was_held = not chosen.was_held, True
+        if self.overlay or not first:
+            return False
+        originals = self.originals()
+        return all(torch.equal(master.to(self.ffn.dtype), originals[part]) for part, master in self.masters().items())
 
     def _stamp(self) -> tuple:
         return tuple((part, id(master), master._version) for part, master in self.masters().items())
