@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Annotated
@@ -16,6 +17,9 @@ from lape_fast.cli import identify, publish, study, tour, tune
 from lape_fast.errors import LapeFastError, StoppedError
 
 # Commands import what they use: torch and transformers take seconds, and `--help` should not.
+
+# What torchao and bitsandbytes say when they are imported is nothing that a user could act on.
+TALKATIVE = ("torch.utils._pytree", "bitsandbytes", "torchao")
 
 # What a shell reports of a program that Ctrl-C ended.
 INTERRUPTED = 130
@@ -78,6 +82,8 @@ def _options(
 def main() -> None:
     """Runs the command line; an error is one sentence on standard error, a traceback only with --debug."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Taken out here so that it may stand anywhere on the line.

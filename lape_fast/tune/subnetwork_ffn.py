@@ -54,10 +54,12 @@ class Selection(nn.Module):
         neurons: int64 ``[K]``, sorted.
         slots: int32 ``[F]``, see ``slot_map``.
         original_*: ``[K, D]`` per part in the base's dtype, in resident storage; without effect on a state dict.
+        was_held: whether the base has ever held its values.
     """
 
     def __init__(self, neurons: Tensor, width: int, originals: dict[str, Tensor]):
         super().__init__()
+        self.was_held = False
         self.register_buffer("neurons", neurons, persistent=False)
         self.register_buffer("slots", slot_map(neurons, width), persistent=False)
         for part, values in originals.items():
@@ -154,10 +156,15 @@ class SubnetworkFFN(nn.Module):
         if self.held is not None:
             self._write(self.held, {} if self.overlay else self.originals())
         self.held = name
-        if name is not None and self._written.get(name) == self._stamp():
+        if name is None:
+            return
+        if self._written.get(name) == self._stamp():
             self._write(name, self.masters())
+        elif name not in self._written and self._holds_base_values():
+            # Freshly attached: there is nothing to write.
+            self._written[name] = self._stamp()
         else:
-            self.synchronize_if_changed()
+            self.synchronize()
 
     @contextlib.contextmanager
     def holding(self, name: str | None):
@@ -283,6 +290,13 @@ class SubnetworkFFN(nn.Module):
                 )
             # .data: the base is frozen, and a graph that must not see this write is caught by counting writes.
             _copy_rows(weight.data, neurons, rows.detach().to(weight.dtype))
+
+    def _holds_base_values(self) -> bool:
+        """Whether the held language's masters are, rounded, what the base has by itself."""
+        if self.overlay:
+            return False
+        originals = self.originals()
+        return all(torch.equal(master.to(self.ffn.dtype), originals[part]) for part, master in self.masters().items())
 
     def _stamp(self) -> tuple:
         return tuple((part, id(master), master._version) for part, master in self.masters().items())

@@ -33,11 +33,10 @@ def compute(layer: SubnetworkFFN, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
     masters = layer.trained()
     trained = any(master is not None and master.requires_grad for master in masters)
     if not torch.is_grad_enabled() or not (trained or x.requires_grad):
-        # Without a graph to record, the model's own code, so that it is evaluated as it was loaded, bit for bit.
-        normed = x if layer.ffn.norm is None else layer.ffn.norm(x)
-        if not _overlays(layer):
-            return layer.ffn.compute(normed)
-        return _output(layer, _hidden(layer, *_projections(layer, normed)))
+        if layer.training or _overlays(layer):
+            return _output(layer, _hidden(layer, *_projections(layer, _normed(layer, x))))
+        # The model's own code, so that it is evaluated as it was loaded, bit for bit.
+        return layer.ffn.compute(x if layer.ffn.norm is None else layer.ffn.norm(x))
     if any(parameter.requires_grad for parameter in layer.base_layer.parameters()):
         raise TrainingError(
             f"A base weight of the FFN of layer {layer.ffn.layer} requires a gradient, but a subnetwork FFN forms none "

@@ -72,6 +72,16 @@ def test_a_switch_writes_no_more_than_the_two_languages_rows():
                 assert changed.tolist() == chosen
 
 
+def test_values_written_without_a_trace_before_the_first_switch_count():
+    model = tuned(name=MALTESE)
+    model.add_adapter(ENGLISH, config(language=ENGLISH))
+    values = masters(tuned(language=ENGLISH))
+    for master, value in zip(masters(model, ENGLISH), values, strict=True):
+        master.data.copy_(value)
+    model.set_adapter(ENGLISH)
+    assert torch.equal(logits(model), logits(tuned(language=ENGLISH)))
+
+
 @every_kind
 def test_each_language_trains_alone(model_type):
     model = tuned_in_several(model_type).train()
