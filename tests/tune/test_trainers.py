@@ -264,6 +264,24 @@ def test_trls_dpo_trainer_takes_the_base_for_its_reference(tmp_path, storage):
     assert losses[-1] < losses[0]
 
 
+def test_another_adapter_may_be_the_reference():
+    def gradients(between):
+        model = get_peft_model(tiny_model("llama", dtype=torch.bfloat16), config()).train()
+        model.add_adapter("reference", config())
+        row = {name: values[None] for name, values in token_rows()[0].items()}
+        loss = model(**row).loss
+        if between:
+            model.set_adapter("reference")
+            with torch.no_grad():
+                model(**row)
+            model.set_adapter("default")
+        loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    for left, right in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(left, right)
+
+
 def test_new_tokens_that_trl_wants_trained_are_refused_in_words(tmp_path):
     from trl import SFTConfig, SFTTrainer
 
@@ -455,6 +473,23 @@ def test_rows_per_pass_changes_the_sums_order_alone(tmp_path):
     for other in runs[1:]:
         for left, right in zip(runs[0], other, strict=True):
             torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
+
+
+def test_several_visible_gpus_make_no_data_parallel(tmp_path, monkeypatch):
+    alone, rows = packed()
+    train(alone, rows, tmp_path / "alone", SETTINGS)
+    finish = TrainingArguments.__post_init__
+
+    def see_four_gpus(self):
+        finish(self)
+        self._n_gpu = 4
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", see_four_gpus)
+    assert arguments(tmp_path).train_batch_size == 8
+    among_four, _ = packed()
+    report = train(among_four, rows, tmp_path / "four", SETTINGS)
+    assert report["steps"] == 6
+    assert all(torch.equal(left, right) for left, right in zip(masters(alone), masters(among_four), strict=True))
 
 
 def test_ctrl_c_in_the_command_is_one_sentence_and_a_checkpoint(tmp_path):
