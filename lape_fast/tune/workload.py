@@ -1,0 +1,172 @@
+"""The training of a subnetwork on a model of meta tensors: what stays between its steps, and what a step adds.
+
+No weight is loaded. What stays is counted, and a step is traced (lape_fast/tune/tracing.py). Written down as formulas
+are the loss (``loss_bytes``) and quantised weights; assumed is the CUDA context.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lape_fast.models import decoder, dense_ffns, layout_of, supports_packing
+from lape_fast.tune.policies import set_policies
+from lape_fast.tune.subnetwork import attach_subnetwork
+from lape_fast.tune.tracing import Trace, build_on_meta, trace_step
+
+# Assumed: the CUDA context with the kernels' code and cuBLAS' workspace.
+CONTEXT_BYTES = 3 * 2**30 // 4
+
+# Of AdamW, whose two moments are in the masters' dtype.
+MOMENTS = 2
+
+# Rows of logits that linear_cross_entropy holds at once.
+LOSS_ROWS = 1024
+
+# Quantisation -> bytes of the scales of a weight [N, M] beside its own bytes per weight: bitsandbytes' NF4 has an fp32
+# scale per 64 weights, its int8 an fp32 scale per row, torchao's int8 one in the dtype of the model.
+QUANTISED: dict[str, tuple[float, Callable[[int, int, torch.dtype], int]]] = {
+    "nf4": (0.5, lambda rows, columns, dtype: 4 * -(-rows * columns // 64)),
+    "int8": (1, lambda rows, columns, dtype: 4 * rows),
+    "torchao-int8": (1, lambda rows, columns, dtype: dtype.itemsize * rows),
+}
+
+# A batch larger than any, through which the bytes of all smaller ones are interpolated.
+MANY_ROWS = 2**16
+
+
+class Workload:
+    """A model of meta tensors with its subnetwork: what is resident, and what its steps take.
+
+    Attributes:
+        sizes: how many neurons each layer trains.
+        trained_weights: of these neurons.
+        gradients: their bytes.
+        packed: whether attention needs a mask.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        dtype: torch.dtype,
+        indices: Callable[[int, int], list[Tensor]],
+        rows: int,
+        context_length: int,
+        *,
+        packed: bool | None,
+        device: str,
+        quantise: str | None,
+        overlay: bool,
+    ):
+        self.model = build_on_meta(config, dtype)
+        self.dtype, self.rows, self.context_length, self.device = dtype, rows, context_length, device
+        self.quantise = quantise
+        ffns = dense_ffns(self.model)
+        self._base = _base_bytes(self.model, dtype, quantise)
+        self._widest = max(ffn.gate_weight.numel() for ffn in ffns)
+        self.packed = supports_packing(self.model) if packed is None else packed
+        neurons = indices(len(ffns), ffns[0].neurons)
+        self.sizes = [len(chosen) for chosen in neurons]
+        subnetwork = attach_subnetwork(self.model, neurons, storage="overlay" if overlay else "resident")
+        self.layers = subnetwork.layers
+        self.trained_weights = subnetwork.trainable()
+        self.gradients = _bytes(subnetwork.parameters())
+        self.overlay = overlay
+        self.trace = functools.cache(self._trace)
+
+    def resident(self) -> dict[str, int]:
+        """What stays between steps, by name."""
+        buffers = [dict(selection.named_buffers()) for layer in self.layers for selection in layer.selections.values()]
+        originals = [value for named in buffers for name, value in named.items() if name.startswith("original_")]
+        indices = [value for named in buffers for name, value in named.items() if name in ("neurons", "slots")]
+        context = {"CUDA context": CONTEXT_BYTES} if self.device == "cuda" else {}
+        return {
+            "weights": self._base,
+            "masters": self.gradients,
+            "originals": _bytes(originals),
+            "indices": _bytes(indices),
+            "moments": MOMENTS * self.gradients,
+            **context,
+        }
+
+    def phases(self, policy: str, rows: int) -> dict[str, int]:
+        """The most that each part of a step adds to what is resident."""
+        trace = self._between(policy, rows)
+        head, text = self.model.get_output_embeddings().weight, decoder(self.model).config
+        softcap = getattr(text, "final_logit_softcapping", None) is not None
+        loss = loss_bytes(rows * self.context_length, head.shape[1], head.shape[0], self.dtype, softcap)
+        # Two of a quantised FFN's weights are there at once in backward, through a copy in fp32 for int8.
+        dense = self._widest * (2 * self.dtype.itemsize + 4 * (self.quantise == "int8")) if self.quantise else 0
+        return {
+            "forward": trace.forward + dense,
+            "loss": trace.kept + loss,
+            "backward": trace.backward + dense,
+            "optimizer": self.gradients,
+        }
+
+    def largest_rows(self, policy: str, room: float) -> int:
+        """The most rows whose step adds no more than ``room`` bytes."""
+        low, high = 0, MANY_ROWS
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = max(self.phases(policy, middle).values()) <= room
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    def _trace(self, policy: str, rows: int) -> Trace:
+        set_policies(self.layers, policy)
+        return trace_step(self.model, rows, self.context_length, packed=self.packed, device=self.device)
+
+    def _between(self, policy: str, rows: int) -> Trace:
+        """The trace of some rows; between the three that are run it is interpolated, which is never too little.
+
+        Each figure is the largest of several that grow in proportion, so a chord lies above it.
+        """
+        if rows in (1, self.rows, MANY_ROWS):
+            return self.trace(policy, rows)
+        first, last = (1, self.rows) if rows < self.rows else (self.rows, MANY_ROWS)
+        share = (rows - first) / (last - first)
+        ends = zip(vars(self.trace(policy, first)).values(), vars(self.trace(policy, last)).values(), strict=True)
+        return Trace(*(round(low + share * (high - low)) for low, high in ends))
+
+
+def loss_bytes(tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, softcap: bool) -> int:
+    """The most that ``linear_cross_entropy`` holds: a chunk of logits, and the gradient of the hidden states.
+
+    Args:
+        tokens: T.
+        hidden_size: D.
+        vocabulary: V.
+        dtype: of the model.
+        softcap: whether the logits are capped.
+    """
+    narrow, wide = dtype.itemsize, max(4, dtype.itemsize)
+    # The softmax and its gradient are computed in fp32; a cap needs the logits before it, too.
+    copies = (narrow < wide or softcap) + (narrow < wide and softcap)
+    chunk = min(LOSS_ROWS, tokens) * vocabulary * (narrow + copies * wide)
+    gradient = tokens * hidden_size * narrow
+    # In backward the gradient is scaled, out of place.
+    return max(chunk + gradient, 2 * gradient)
+
+
+def _base_bytes(model: nn.Module, dtype: torch.dtype, quantise: str | None) -> int:
+    """Of the base's weights and buffers, which are those of a freshly built model; each once."""
+    from transformers.pytorch_utils import Conv1D
+
+    total = _bytes([*model.parameters(), *model.buffers()])
+    # The decoder's layers alone are quantised, never the embeddings or the head.
+    layers = decoder(model).get_submodule(layout_of(model).layers)
+    for module in layers.modules() if quantise else ():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            each, scales = QUANTISED[quantise]
+            rows, columns = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+            total += int(each * rows * columns) + scales(rows, columns, dtype) - module.weight.nbytes
+    return total
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
