@@ -267,6 +267,9 @@ def _indices(neurons: Any, language: str | None, layers: int, width: int) -> lis
     if isinstance(neurons, (str, os.PathLike)):
         neurons = NeuronSet.load(neurons)
     if not isinstance(neurons, NeuronSet):
+        counts = [chosen for chosen in neurons if not isinstance(chosen, Tensor)]
+        if counts and min(counts) < 0:
+            raise ConfigError(f"A layer is to have {min(counts)} neurons; give how many it has, 0 or more.")
         return [chosen if isinstance(chosen, Tensor) else torch.arange(chosen) for chosen in neurons]
     if language is None and len(neurons.languages) > 1:
         raise ConfigError(

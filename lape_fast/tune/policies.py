@@ -36,6 +36,8 @@ def set_policies(layers: Sequence[SubnetworkFFN], policy: Policy) -> None:
 def decide_at_first_step(model: nn.Module) -> None:
     """Lets the first forward pass in training mode that records gradients decide for the layers that say ``auto``."""
 
+    base = decoder(model)
+
     # Nothing of the planner is to be compiled.
     @_disable_dynamo
     def decide(module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
@@ -44,7 +46,9 @@ def decide_at_first_step(model: nn.Module) -> None:
 
         if not (module.training and torch.is_grad_enabled()):
             return
-        handle.remove()
+        # A copy of the model has the same hook, and may be the first to train.
+        if module is base:
+            handle.remove()
         layers = installed_layers(module)
         if not any(layer.policy == "auto" for layer in layers):
             return
@@ -59,7 +63,7 @@ def decide_at_first_step(model: nn.Module) -> None:
         policy = choose_policy(model, layers, *inputs.shape[:2], free, packed=packed)
         set_policies(layers, _agreed(policy, layers[0].ffn.device))
 
-    handle = decoder(model).register_forward_pre_hook(decide, with_kwargs=True)
+    handle = base.register_forward_pre_hook(decide, with_kwargs=True)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -79,8 +79,8 @@ class Trace:
     Attributes:
         kept: held between forward and backward, with the hidden states that the loss reads.
         forward: the most at any time of the forward pass.
-        backward: the most at any time of the backward pass, with the hidden states' gradient that it begins with and
-            the gradients of trained weights that there are by then.
+        backward: the most at any time of the backward pass behind ``linear_cross_entropy``, with the gradients of trained
+            weights that there are by then.
     """
 
     kept: int
@@ -115,14 +115,17 @@ def trace_step(model: nn.Module, rows: int, context_length: int, *, packed: bool
         packed: whether a row holds several documents, which attention must keep apart by a mask.
         device: "cpu" or "cuda", whose kernels are accounted for.
     """
+    ids = torch.empty(rows, context_length, dtype=torch.int64, device="meta")
+    positions = {"position_ids": ids} if layout_of(model).position_ids else {}
     with planned_for(device), _kernels_of(device), LiveBytes() as live:
-        ids = torch.empty(rows, context_length, dtype=torch.int64, device="meta")
-        positions = {"position_ids": ids} if layout_of(model).position_ids else {}
         with _Answers(not packed):
             hidden = decoder(model)(input_ids=ids, use_cache=False, **positions)[0]
         kept, forward = live.live, live.peak
-        live.peak = 0
-        hidden.backward(torch.empty_like(hidden))
+        loss = _Loss.apply(hidden)
+        # Nobody else holds them.
+        del hidden
+        live.peak = live.live
+        loss.backward()
         trace = Trace(kept, forward, live.peak)
     for parameter in model.parameters():
         parameter.grad = None
@@ -130,18 +133,18 @@ def trace_step(model: nn.Module, rows: int, context_length: int, *, packed: bool
 
 
 class _Answers(TorchFunctionMode):
-    """Within the context, every question to a meta tensor has one answer.
+    """Within the context, meta tensors answer what transformers asks of its inputs.
 
-    transformers asks its inputs whether every row is one document without padding, to go without a mask.
+    Whether every row is one document, to go without a mask; and whether there is padding, to warn of a missing one.
     """
 
-    def __init__(self, answer: bool):
+    def __init__(self, one_document: bool):
         super().__init__()
-        self.answer = answer
+        self._answers = {Tensor.__bool__: one_document, Tensor.__contains__: False}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.__bool__ and args[0].device.type == "meta":
-            return self.answer
+        if func in self._answers and args[0].is_meta:
+            return self._answers[func]
         return func(*args, **(kwargs or {}))
 
 
@@ -196,6 +199,19 @@ def _attention(
     return aten.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+class _Loss(torch.autograd.Function):
+    """What ``linear_cross_entropy`` leaves behind: the hidden states' gradient, which backward scales."""
+
+    @staticmethod
+    def forward(ctx, hidden):
+        ctx.save_for_backward(torch.empty_like(hidden))
+        return hidden.new_empty(())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] * grad
 
 
 class _FusedNorm(torch.autograd.Function):
