@@ -165,7 +165,8 @@ def plan(
         context_length: tokens per row.
         policy: what is kept for backward; None and ``auto`` are the fastest that fits.
         gpu: a name of ``GPUS``, how many GiB training can have, or None for this machine's GPU if it has one.
-        quantise: plan for weights that are loaded quantised, as by ``load_model``.
+        quantise: plan for weights that are quantised when they are loaded, as by ``load_model``; those that are stored
+            quantised are planned so.
         dtype: of the model; "auto" keeps the checkpoint's.
         packed: whether rows hold several documents, so that attention keeps a mask; None where the model can.
         device: "cuda", or "cpu" to account for the CPU's kernels.
@@ -189,10 +190,18 @@ def plan(
     _check_one_of("device", device, ("cuda", "cpu"))
     gpu_name, usable = _find_gpu(gpu)
     source, config, model_dtype = _read_model(model, dtype)
+    quantise = quantise or _quantisation_of(config)
     workload = Workload(
-        config, model_dtype, functools.partial(_indices, neurons, language), rows_per_step, context_length,
-        packed=packed, device=device, quantise=quantise, overlay=quantise is not None,
-    )  # fmt: skip
+        config,
+        model_dtype,
+        functools.partial(_indices, neurons, language),
+        rows_per_step,
+        context_length,
+        packed=packed,
+        device=device,
+        quantise=quantise,
+        overlay=quantise is not None,
+    )
     resident = workload.resident()
     base = sum(resident.values())
     policies = {}
@@ -254,9 +263,16 @@ def choose_policy(
     sizes = [0] * layers[0].ffn.layer + [0 if layer.held is None else len(layer.neurons()) for layer in layers]
     device = "cuda" if layers[0].ffn.device.type == "cuda" else "cpu"
     workload = Workload(
-        model.config, layers[0].ffn.dtype, functools.partial(_indices, sizes, None), rows, context_length,
-        packed=packed, device=device, quantise=None, overlay=layers[0].overlay,
-    )  # fmt: skip
+        model.config,
+        layers[0].ffn.dtype,
+        functools.partial(_indices, sizes, None),
+        rows,
+        context_length,
+        packed=packed,
+        device=device,
+        quantise=_quantisation_of(model.config),
+        overlay=layers[0].overlay,
+    )
     # The first step begins without gradients and moments. The masters are there.
     room = (1 - MARGIN) * free - MOMENTS * workload.gradients
     return next((name for name in POLICIES[:-1] if max(workload.phases(name, rows).values()) <= room), POLICIES[-1])
@@ -293,6 +309,20 @@ def _read_model(model: Any, dtype: str | torch.dtype) -> tuple[str, Any, torch.d
     if chosen == "auto":
         chosen = own or getattr(config, "dtype", None) or torch.float32
     return source or config.model_type, config, chosen
+
+
+def _quantisation_of(config: Any) -> str | None:
+    """How the weights of a checkpoint, or of a model that was loaded, are quantised."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    method = settings.get("quant_method")
+    if method not in ("bitsandbytes", "torchao"):
+        raise ConfigError(
+            f"The model is quantised by {method}, which cannot be tuned; use one quantised by bitsandbytes."
+        )
+    return "torchao-int8" if method == "torchao" else "nf4" if settings.get("load_in_4bit") else "int8"
 
 
 def _find_gpu(gpu: str | float | None) -> tuple[str | None, int | None]:

@@ -79,8 +79,8 @@ class Trace:
     Attributes:
         kept: held between forward and backward, with the hidden states that the loss reads.
         forward: the most at any time of the forward pass.
-        backward: the most at any time of the backward pass behind ``linear_cross_entropy``, with the gradients of trained
-            weights that there are by then.
+        backward: the most at any time of the backward pass, behind ``linear_cross_entropy``, with the gradients of
+            trained weights that there are by then.
     """
 
     kept: int

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lape_fast.models import decoder, dense_ffns, layout_of, supports_packing
 from lape_fast.tune.policies import set_policies
 from lape_fast.tune.subnetwork import attach_subnetwork
-from lape_fast.tune.tracing import Trace, build_on_meta, trace_step
+from lape_fast.tune.tracing import TRACED_ATTENTION, Trace, build_on_meta, trace_step
 
 # Assumed: the CUDA context with the kernels' code and cuBLAS' workspace.
 CONTEXT_BYTES = 3 * 2**30 // 4
@@ -67,15 +67,16 @@ class Workload:
         self.quantise = quantise
         ffns = dense_ffns(self.model)
         self._base = _base_bytes(self.model, dtype, quantise)
-        self._widest = max(ffn.gate_weight.numel() for ffn in ffns)
-        self.packed = supports_packing(self.model) if packed is None else packed
+        self._widest = max(module.weight.numel() for ffn in ffns for module in ffn.projections.values())
+        # Other implementations of attention tell documents apart by their lengths.
+        by_mask = getattr(config, "_attn_implementation", None) in (None, *TRACED_ATTENTION)
+        self.packed = by_mask and (supports_packing(self.model) if packed is None else packed)
         neurons = indices(len(ffns), ffns[0].neurons)
         self.sizes = [len(chosen) for chosen in neurons]
         subnetwork = attach_subnetwork(self.model, neurons, storage="overlay" if overlay else "resident")
         self.layers = subnetwork.layers
         self.trained_weights = subnetwork.trainable()
         self.gradients = _bytes(subnetwork.parameters())
-        self.overlay = overlay
         self.trace = functools.cache(self._trace)
 
     def resident(self) -> dict[str, int]:

@@ -7,16 +7,19 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from benchmarks.measure import peak_bytes, saved_bytes
 from lape_fast.errors import ArchitectureError, ConfigError, LanguageError, TrainingError
 from lape_fast.identify import NeuronSet
 from lape_fast.models import decoder, find_ffns, layout_of, supports_packing
 from lape_fast.terminal import print_plan
-from lape_fast.tune import attach_subnetwork, plan
+from lape_fast.tune import SubnetworkConfig, attach_subnetwork, measured_peak, plan
 from lape_fast.tune.planning import GIB, GPUS, HELD_BACK
+from lape_fast.tune.policies import free_bytes
+from lape_fast.tune.subnetwork import installed_layers
 from lape_fast.tune.tracing import LiveBytes, Trace, build_on_meta, trace_step
-from tests.tiny_models import DENSE_TYPES, VOCABULARY, save_tiny, tiny_model
+from tests.tiny_models import DENSE_TYPES, VOCABULARY, quantised_tiny_model, save_tiny, tiny_model
 from tests.tune.test_subnetwork import batch, neurons_of
 
 ROWS, LENGTH = 2, 48
@@ -30,6 +33,10 @@ def nbytes(tensors):
 def planned(model, sizes=SIZES, **options):
     options = {"rows_per_step": ROWS, "context_length": LENGTH, "device": "cpu", "packed": False, **options}
     return plan(model, sizes, **options)
+
+
+def policies_of(model):
+    return [layer.policy for layer in installed_layers(model)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,7 +66,7 @@ def test_what_stays_is_what_a_real_model_holds_after_a_step(model_type, dtype):
 
 
 class GradientInForward(torch.autograd.Function):
-    """The mean of the hidden states; as ``linear_cross_entropy`` does, forward finds the gradient that backward scales."""
+    """The mean of the hidden states; forward finds the gradient that backward scales, as in linear_cross_entropy."""
 
     @staticmethod
     def forward(ctx, hidden):
@@ -136,7 +143,7 @@ def test_the_peak_is_that_of_a_real_step(policy):
     step()
     states = [value for state in optimizer.state.values() for value in state.values()]
     measured = peak_bytes(step, [*model.parameters(), *model.buffers(), *states], torch.device("cpu"))
-    # The plan is of the chunked loss, which keeps the hidden states' gradient, 0.5 MB of 40; the model's own keeps logits.
+    # The plan is of the chunked loss, which keeps the hidden states' gradient, 0.5 MB of 40; the model's keeps logits.
     assert measured == pytest.approx(expected.policies[policy].peak, rel=0.01)
 
 
@@ -154,8 +161,8 @@ def test_more_rows_are_never_planned_with_less_than_they_take():
 
 
 def test_the_fastest_policy_that_fits_is_recommended():
-    model = tiny_model("llama", layers=6)
-    sizes = [5, 0, 7, 7, 7, 7]
+    model = tiny_model("llama", layers=4)
+    sizes = [5, 0, 7, 7]
     free = planned(model, sizes)
     peaks = {name: free.policies[name].peak for name in free.policies}
     assert free.policy == "save"
@@ -233,6 +240,30 @@ def test_a_quantised_base_keeps_no_originals_and_quantises_the_decoders_projecti
     assert plain["weights"] - int8["weights"] == linear - 4 * rows
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
+def test_a_quantised_model_is_planned_as_it_was_loaded_and_decides_for_itself(monkeypatch, kind):
+    model = quantised_tiny_model(kind, layers=3).train()
+    made = planned(model)
+    assert made.training["quantise"] == kind
+    plain = tiny_model("llama", hidden=64, neurons=128, layers=3, dtype=torch.bfloat16)
+    assert made.to_dict()["resident"] == planned(plain, quantise=kind).to_dict()["resident"]
+    attach_subnetwork(model, [torch.arange(size) for size in SIZES], "auto")
+    monkeypatch.setattr("lape_fast.tune.policies.free_bytes", lambda device: 0)
+    model(**batch()).loss.backward()
+    assert policies_of(model) == ["save", "checkpoint"]
+
+
+@pytest.mark.parametrize(("implementation", "mask"), [("sdpa", True), ("flash_attention_2", False)])
+def test_a_mask_is_planned_for_where_attention_needs_one(implementation, mask):
+    config = tiny_model("llama", layers=3).config
+    config._attn_implementation = implementation
+    plans = [planned(config, packed=packed, device="cuda", dtype="bfloat16") for packed in (None, True, False)]
+    kept = [made.policies["save"].activations for made in plans]
+    assert [made.training["packed"] for made in plans] == [mask, mask, False]
+    assert kept[0] == kept[1]
+    assert (kept[1] > kept[2]) is mask
+
+
 def test_planning_leaves_model_random_numbers_and_torch_as_they_were():
     model = tiny_model("llama", layers=3)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -284,12 +315,6 @@ def test_a_model_that_is_not_there_is_refused(tmp_path):
         planned(str(tmp_path))
 
 
-def policies_of(model):
-    from lape_fast.tune.subnetwork import installed_layers
-
-    return [layer.policy for layer in installed_layers(model)]
-
-
 @pytest.mark.parametrize("through_peft", [False, True])
 @pytest.mark.parametrize("expected", ["save", "recompute", "checkpoint"])
 def test_auto_takes_the_fastest_policy_that_fits_at_the_first_training_step(monkeypatch, expected, through_peft):
@@ -304,10 +329,6 @@ def test_auto_takes_the_fastest_policy_that_fits_at_the_first_training_step(monk
     expected_gradients = attach_subnetwork(reference, neurons)
     reference(**inputs).loss.backward()
     if through_peft:
-        from peft import get_peft_model
-
-        from lape_fast.tune import SubnetworkConfig
-
         trained = get_peft_model(model, SubnetworkConfig(neurons=neurons, neurons_per_layer=48, policy="auto"))
     else:
         attach_subnetwork(model, neurons, "auto")
@@ -346,9 +367,6 @@ def test_auto_can_be_asked_for_again_and_a_copy_decides_for_itself(monkeypatch):
 
 
 def test_the_memory_of_this_machine_and_of_a_block_of_work_is_measured():
-    from lape_fast.tune import measured_peak
-    from lape_fast.tune.policies import free_bytes
-
     cpu = torch.device("cpu")
     assert 0 < free_bytes(cpu) < 1 << 50
     with measured_peak(cpu) as peak:
