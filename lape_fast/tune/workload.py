@@ -27,12 +27,12 @@ MOMENTS = 2
 # Rows of logits that linear_cross_entropy holds at once.
 LOSS_ROWS = 1024
 
-# Quantisation -> bytes of the scales of a weight [N, M] beside its own bytes per weight: bitsandbytes' NF4 has an fp32
-# scale per 64 weights, its int8 an fp32 scale per row, torchao's int8 one in the dtype of the model.
-QUANTISED: dict[str, tuple[float, Callable[[int, int, torch.dtype], int]]] = {
-    "nf4": (0.5, lambda rows, columns, dtype: 4 * -(-rows * columns // 64)),
-    "int8": (1, lambda rows, columns, dtype: 4 * rows),
-    "torchao-int8": (1, lambda rows, columns, dtype: dtype.itemsize * rows),
+# Quantisation -> the bytes of a weight [N, M]. bitsandbytes' NF4 has an fp32 scale per 64 weights, its int8 one per row;
+# torchao's int8 has a zero point per row, too.
+QUANTISED: dict[str, Callable[[int, int], int]] = {
+    "nf4": lambda rows, columns: -(-rows * columns // 2) + 4 * -(-rows * columns // 64),
+    "int8": lambda rows, columns: rows * columns + 4 * rows,
+    "torchao-int8": lambda rows, columns: rows * columns + 5 * rows,
 }
 
 # A batch larger than any, through which the bytes of all smaller ones are interpolated.
@@ -66,7 +66,7 @@ class Workload:
         self.dtype, self.rows, self.context_length, self.device = dtype, rows, context_length, device
         self.quantise = quantise
         ffns = dense_ffns(self.model)
-        self._base = _base_bytes(self.model, dtype, quantise)
+        self._base = _base_bytes(self.model, quantise)
         self._widest = max(module.weight.numel() for ffn in ffns for module in ffn.projections.values())
         # Other implementations of attention tell documents apart by their lengths.
         by_mask = getattr(config, "_attn_implementation", None) in (None, *TRACED_ATTENTION)
@@ -154,7 +154,7 @@ def loss_bytes(tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtyp
     return max(chunk + gradient, 2 * gradient)
 
 
-def _base_bytes(model: nn.Module, dtype: torch.dtype, quantise: str | None) -> int:
+def _base_bytes(model: nn.Module, quantise: str | None) -> int:
     """Of the base's weights and buffers, which are those of a freshly built model; each once."""
     from transformers.pytorch_utils import Conv1D
 
@@ -163,9 +163,8 @@ def _base_bytes(model: nn.Module, dtype: torch.dtype, quantise: str | None) -> i
     layers = decoder(model).get_submodule(layout_of(model).layers)
     for module in layers.modules() if quantise else ():
         if isinstance(module, (nn.Linear, Conv1D)):
-            each, scales = QUANTISED[quantise]
             rows, columns = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
-            total += int(each * rows * columns) + scales(rows, columns, dtype) - module.weight.nbytes
+            total += QUANTISED[quantise](rows, columns) - module.weight.nbytes
     return total
 
 
