@@ -82,7 +82,7 @@ class Plan:
         gpu: the name of the GPU that is planned for, or None.
         usable: its bytes that training gets, or None.
         policy: what was asked for, or the fastest that fits; None if none does.
-        largest_rows: per GPU and policy, the rows per step that fit.
+        largest_rows: per GPU and policy, the rows at once that fit.
     """
 
     training: Mapping[str, Any]
@@ -119,7 +119,7 @@ class Plan:
         return [
             (["resident", "GiB"], resident),
             (["policy", "activations", *phases, "peak GiB", "fits"], policies),
-            (["rows that fit on", *self.policies], gpus),
+            (["rows at once on", *self.policies], gpus),
         ]
 
     def summary(self) -> str:
@@ -128,7 +128,7 @@ class Plan:
         quantised = f" ({what['quantise']})" if what["quantise"] else ""
         sentence = (
             f"{what['neurons']:,} neurons ({what['trained_weights']:,} weights) of {what['model']} in {what['dtype']}"
-            f"{quantised}, {what['rows_per_step']} rows of {what['context_length']:,} tokens."
+            f"{quantised}, {what['rows_per_pass']} rows of {what['context_length']:,} tokens at once."
         )
         if self.policy is None:
             return f"{sentence} No policy fits into {self.gpu}; train fewer or shorter rows, or quantise the base."
@@ -146,6 +146,7 @@ def plan(
     language: str | None = None,
     rows_per_step: int,
     context_length: int,
+    rows_per_pass: int | None = None,
     policy: Policy | None = None,
     gpu: str | float | None = None,
     quantise: Quantise | None = None,
@@ -161,8 +162,9 @@ def plan(
         model: a config, a model, its folder or its hub id.
         neurons: a neuron file, the neurons, or per layer the indices or how many there are.
         language: whose neurons; may be left out where a set has only one language.
-        rows_per_step: rows that are trained on at once.
+        rows_per_step: rows of an optimizer's step.
         context_length: tokens per row.
+        rows_per_pass: rows that are computed at once, with gradients accumulating over passes; None for all.
         policy: what is kept for backward; None and ``auto`` are the fastest that fits.
         gpu: a name of ``GPUS``, how many GiB training can have, or None for this machine's GPU if it has one.
         quantise: plan for weights that are quantised when they are loaded, as by ``load_model``; those that are stored
@@ -182,7 +184,8 @@ def plan(
         >>> print(plan("meta-llama/Llama-3.1-8B", "neurons.safetensors", language="mlt_Latn", rows_per_step=1,
         ...     context_length=4096, gpu="RTX 4090"))
     """
-    for name, value in (("rows_per_step", rows_per_step), ("context_length", context_length)):
+    rows = rows_per_pass or rows_per_step
+    for name, value in (("rows_per_step", rows_per_step), ("context_length", context_length), ("rows_per_pass", rows)):
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1.")
     _check_one_of("policy", policy, get_args(Policy))
@@ -195,10 +198,11 @@ def plan(
         config,
         model_dtype,
         functools.partial(_indices, neurons, language),
-        rows_per_step,
+        rows,
         context_length,
         packed=packed,
         device=device,
+        accumulates=rows < rows_per_step,
         quantise=quantise,
         overlay=quantise is not None,
     )
@@ -206,9 +210,9 @@ def plan(
     base = sum(resident.values())
     policies = {}
     for name in POLICIES:
-        phases = {phase: base + size for phase, size in workload.phases(name, rows_per_step).items()}
+        phases = {phase: base + size for phase, size in workload.phases(name, rows).items()}
         peak = max(phases.values())
-        activations = workload.trace(name, rows_per_step).kept
+        activations = workload.trace(name, rows).kept
         policies[name] = PolicyPlan(activations, phases, peak, peak - resident.get("CUDA context", 0))
     if policy in (None, "auto"):
         fitting = [name for name in POLICIES if usable is None or policies[name].peak <= usable]
@@ -226,6 +230,7 @@ def plan(
             "neurons": sum(workload.sizes),
             "trained_weights": workload.trained_weights,
             "rows_per_step": rows_per_step,
+            "rows_per_pass": rows,
             "context_length": context_length,
             "packed": workload.packed,
         },
@@ -270,10 +275,11 @@ def choose_policy(
         context_length,
         packed=packed,
         device=device,
+        accumulates=True,
         quantise=_quantisation_of(model.config),
         overlay=layers[0].overlay,
     )
-    # The first step begins without gradients and moments. The masters are there.
+    # The first step begins without gradients, which may accumulate, and moments. The masters are there.
     room = (1 - MARGIN) * free - MOMENTS * workload.gradients
     return next((name for name in POLICIES[:-1] if max(workload.phases(name, rows).values()) <= room), POLICIES[-1])
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lape_fast.models import decoder, layout_of
+from lape_fast.models import decoder, layout_of, without_logits
 from lape_fast.models.layouts import check_known
 from lape_fast.ops.backend import planned_for
 
@@ -74,17 +74,19 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Trace:
-    """Bytes that the decoder's part of a training step adds to what is resident.
+    """Bytes that a training step adds to what is resident.
 
     Attributes:
-        kept: held between forward and backward, with the hidden states that the loss reads.
-        forward: the most at any time of the forward pass.
-        backward: the most at any time of the backward pass, behind ``linear_cross_entropy``, with the gradients of
-            trained weights that there are by then.
+        kept: held when the decoder is done, for backward and for the loss.
+        forward: the most at any time of the decoder's forward pass.
+        loss: the most at any time of the loss.
+        backward: the most at any time of the backward pass, with the gradients of trained weights that are there by
+            then.
     """
 
     kept: int
     forward: int
+    loss: int
     backward: int
 
 
@@ -106,7 +108,7 @@ def build_on_meta(config, dtype: torch.dtype) -> nn.Module:
 
 
 def trace_step(model: nn.Module, rows: int, context_length: int, *, packed: bool, device: str) -> Trace:
-    """Runs the decoder forward and backward and follows the bytes alive.
+    """Runs a step without its optimizer and follows the bytes alive.
 
     Args:
         model: of meta tensors, with its subnetwork attached.
@@ -117,19 +119,42 @@ def trace_step(model: nn.Module, rows: int, context_length: int, *, packed: bool
     """
     ids = torch.empty(rows, context_length, dtype=torch.int64, device="meta")
     positions = {"position_ids": ids} if layout_of(model).position_ids else {}
-    with planned_for(device), _kernels_of(device), LiveBytes() as live:
-        with _Answers(not packed):
-            hidden = decoder(model)(input_ids=ids, use_cache=False, **positions)[0]
-        kept, forward = live.live, live.peak
-        loss = _Loss.apply(hidden)
-        # Nobody else holds them.
-        del hidden
-        live.peak = live.live
-        loss.backward()
-        trace = Trace(kept, forward, live.peak)
+    with planned_for(device), _kernels_of(device), without_logits(model):
+        trace = trace_calls(model, {"input_ids": ids, "labels": ids, **positions}, _Answers(not packed))
     for parameter in model.parameters():
         parameter.grad = None
     return trace
+
+
+def trace_calls(model: nn.Module, inputs: Mapping[str, Tensor], answers: contextlib.AbstractContextManager) -> Trace:
+    """Follows the bytes alive in forward and backward of a model that computes its loss, of meta or of real tensors.
+
+    Args:
+        model: in training mode.
+        inputs: with labels.
+        answers: entered for the forward pass.
+    """
+    figures = []
+
+    def note() -> None:
+        figures.append(live.peak)
+        live.peak = live.live
+
+    def note_kept(*_) -> None:
+        figures.append(live.live)
+        note()
+
+    handle = decoder(model).register_forward_hook(note_kept)
+    try:
+        with LiveBytes() as live:
+            with answers:
+                loss = model(**inputs, use_cache=False).loss
+            note()
+            loss.backward()
+            note()
+    finally:
+        handle.remove()
+    return Trace(*figures)
 
 
 class _Answers(TorchFunctionMode):
@@ -199,19 +224,6 @@ def _attention(
     return aten.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-
-
-class _Loss(torch.autograd.Function):
-    """What ``linear_cross_entropy`` leaves behind: the hidden states' gradient, which backward scales."""
-
-    @staticmethod
-    def forward(ctx, hidden):
-        ctx.save_for_backward(torch.empty_like(hidden))
-        return hidden.new_empty(())
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.saved_tensors[0] * grad
 
 
 class _FusedNorm(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """The training of a subnetwork on a model of meta tensors: what stays between its steps, and what a step adds.
 
 No weight is loaded. What stays is counted, and a step is traced (lape_fast/tune/tracing.py). Written down as formulas
-are the loss (``loss_bytes``) and quantised weights; assumed is the CUDA context.
+are quantised weights and what dequantises them; assumed is the CUDA context.
 """
 
 from __future__ import annotations
@@ -24,23 +24,35 @@ CONTEXT_BYTES = 3 * 2**30 // 4
 # Of AdamW, whose two moments are in the masters' dtype.
 MOMENTS = 2
 
-# Rows of logits that linear_cross_entropy holds at once.
-LOSS_ROWS = 1024
-
-# Quantisation -> the bytes of a weight [N, M]. bitsandbytes' NF4 has an fp32 scale per 64 weights, its int8 one per row;
-# torchao's int8 has a zero point per row, too.
+# Quantisation -> the bytes of a weight [N, M]: bitsandbytes' NF4 has an fp32 scale per 64 weights and its int8 one per
+# row, torchao's int8 also a zero point per row.
 QUANTISED: dict[str, Callable[[int, int], int]] = {
     "nf4": lambda rows, columns: -(-rows * columns // 2) + 4 * -(-rows * columns // 64),
     "int8": lambda rows, columns: rows * columns + 4 * rows,
     "torchao-int8": lambda rows, columns: rows * columns + 5 * rows,
 }
 
-# A batch larger than any, through which the bytes of all smaller ones are interpolated.
-MANY_ROWS = 2**16
+# Tokens of a batch so large that all that counts grows in proportion from there.
+MANY_TOKENS = 2**15
+
+# More rows than anybody computes at once.
+MOST_ROWS = 2**16
 
 
 class Workload:
     """A model of meta tensors with its subnetwork: what is resident, and what its steps take.
+
+    Args:
+        config: of the model.
+        dtype: of the model.
+        indices: gives an index tensor per layer for a number of layers and of neurons per layer.
+        rows: that are computed at once.
+        context_length: tokens per row.
+        packed: whether rows hold several documents; None where the model can.
+        device: "cuda" or "cpu", whose kernels are accounted for.
+        accumulates: whether gradients of earlier rows are there already.
+        quantise: how the weights are quantised, or None.
+        overlay: whether the base is never written.
 
     Attributes:
         sizes: how many neurons each layer trains.
@@ -59,12 +71,13 @@ class Workload:
         *,
         packed: bool | None,
         device: str,
+        accumulates: bool,
         quantise: str | None,
         overlay: bool,
     ):
         self.model = build_on_meta(config, dtype)
         self.dtype, self.rows, self.context_length, self.device = dtype, rows, context_length, device
-        self.quantise = quantise
+        self.accumulates, self.quantise = accumulates, quantise
         ffns = dense_ffns(self.model)
         self._base = _base_bytes(self.model, quantise)
         self._widest = max(module.weight.numel() for ffn in ffns for module in ffn.projections.values())
@@ -97,21 +110,19 @@ class Workload:
     def phases(self, policy: str, rows: int) -> dict[str, int]:
         """The most that each part of a step adds to what is resident."""
         trace = self._between(policy, rows)
-        head, text = self.model.get_output_embeddings().weight, decoder(self.model).config
-        softcap = getattr(text, "final_logit_softcapping", None) is not None
-        loss = loss_bytes(rows * self.context_length, head.shape[1], head.shape[0], self.dtype, softcap)
         # Two of a quantised FFN's weights are there at once in backward, through a copy in fp32 for int8.
         dense = self._widest * (2 * self.dtype.itemsize + 4 * (self.quantise == "int8")) if self.quantise else 0
+        before = self.gradients if self.accumulates else 0
         return {
-            "forward": trace.forward + dense,
-            "loss": trace.kept + loss,
-            "backward": trace.backward + dense,
+            "forward": trace.forward + dense + before,
+            "loss": trace.loss + before,
+            "backward": trace.backward + dense + before,
             "optimizer": self.gradients,
         }
 
     def largest_rows(self, policy: str, room: float) -> int:
         """The most rows whose step adds no more than ``room`` bytes."""
-        low, high = 0, MANY_ROWS
+        low, high = 0, MOST_ROWS
         while low < high:
             middle = (low + high + 1) // 2
             fits = max(self.phases(policy, middle).values()) <= room
@@ -123,35 +134,18 @@ class Workload:
         return trace_step(self.model, rows, self.context_length, packed=self.packed, device=self.device)
 
     def _between(self, policy: str, rows: int) -> Trace:
-        """The trace of some rows; between the three that are run it is interpolated, which is never too little.
+        """The trace of some rows, between or beyond the three that are run.
 
-        Each figure is the largest of several that grow in proportion, so a chord lies above it.
+        Each figure is the largest of several that grow in proportion: a chord lies above it, and behind the last of
+        the three, where what does not grow no longer counts, it is a line.
         """
-        if rows in (1, self.rows, MANY_ROWS):
+        many = max(2 * self.rows, -(-MANY_TOKENS // self.context_length))
+        if rows in (1, self.rows, many):
             return self.trace(policy, rows)
-        first, last = (1, self.rows) if rows < self.rows else (self.rows, MANY_ROWS)
+        first, last = (1, self.rows) if rows < self.rows else (self.rows, many)
         share = (rows - first) / (last - first)
         ends = zip(vars(self.trace(policy, first)).values(), vars(self.trace(policy, last)).values(), strict=True)
         return Trace(*(round(low + share * (high - low)) for low, high in ends))
-
-
-def loss_bytes(tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, softcap: bool) -> int:
-    """The most that ``linear_cross_entropy`` holds: a chunk of logits, and the gradient of the hidden states.
-
-    Args:
-        tokens: T.
-        hidden_size: D.
-        vocabulary: V.
-        dtype: of the model.
-        softcap: whether the logits are capped.
-    """
-    narrow, wide = dtype.itemsize, max(4, dtype.itemsize)
-    # The softmax and its gradient are computed in fp32; a cap needs the logits before it, too.
-    copies = (narrow < wide or softcap) + (narrow < wide and softcap)
-    chunk = min(LOSS_ROWS, tokens) * vocabulary * (narrow + copies * wide)
-    gradient = tokens * hidden_size * narrow
-    # In backward the gradient is scaled, out of place.
-    return max(chunk + gradient, 2 * gradient)
 
 
 def _base_bytes(model: nn.Module, quantise: str | None) -> int:

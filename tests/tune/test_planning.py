@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 
@@ -12,13 +13,13 @@ from peft import get_peft_model
 from benchmarks.measure import peak_bytes, saved_bytes
 from lape_fast.errors import ArchitectureError, ConfigError, LanguageError, TrainingError
 from lape_fast.identify import NeuronSet
-from lape_fast.models import decoder, find_ffns, layout_of, supports_packing
+from lape_fast.models import decoder, find_ffns, layout_of, supports_packing, without_logits
 from lape_fast.terminal import print_plan
 from lape_fast.tune import SubnetworkConfig, attach_subnetwork, measured_peak, plan
 from lape_fast.tune.planning import GIB, GPUS, HELD_BACK
 from lape_fast.tune.policies import free_bytes
 from lape_fast.tune.subnetwork import installed_layers
-from lape_fast.tune.tracing import LiveBytes, Trace, build_on_meta, trace_step
+from lape_fast.tune.tracing import build_on_meta, trace_calls, trace_step
 from tests.tiny_models import DENSE_TYPES, VOCABULARY, quantised_tiny_model, save_tiny, tiny_model
 from tests.tune.test_subnetwork import batch, neurons_of
 
@@ -65,23 +66,10 @@ def test_what_stays_is_what_a_real_model_holds_after_a_step(model_type, dtype):
     assert per_weight == subnetwork.trainable() * (16 + dtype.itemsize)
 
 
-class GradientInForward(torch.autograd.Function):
-    """The mean of the hidden states; forward finds the gradient that backward scales, as in linear_cross_entropy."""
-
-    @staticmethod
-    def forward(ctx, hidden):
-        ctx.save_for_backward(torch.full_like(hidden, 1 / hidden.numel()))
-        return hidden.mean()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.saved_tensors[0] * grad
-
-
 def inputs_of(model, packed):
     positions = torch.arange(LENGTH)[None].expand(ROWS, LENGTH)
     given = {"position_ids": positions % 20 if packed else positions} if layout_of(model).position_ids else {}
-    return {"input_ids": torch.randint(3, VOCABULARY, (ROWS, LENGTH)), "use_cache": False, **given}
+    return {"input_ids": torch.randint(3, VOCABULARY, (ROWS, LENGTH)), **given}
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -99,14 +87,8 @@ def test_a_traced_step_takes_the_bytes_of_a_real_one(model_type, dtype, packed):
             subnetwork.set_policy(policy)
         model.zero_grad()
         traced = trace_step(meta, ROWS, LENGTH, packed=packed, device="cpu")
-        with LiveBytes() as live:
-            hidden = decoder(model)(**inputs)[0]
-            kept, forward = live.live, live.peak
-            loss = GradientInForward.apply(hidden)
-            del hidden
-            live.peak = 0
-            loss.backward()
-        real = Trace(kept, forward, live.peak)
+        with without_logits(model):
+            real = trace_calls(model, {**inputs, "labels": inputs["input_ids"]}, contextlib.nullcontext())
         # In 16 bits torch's LayerNorm keeps mean and deviation of a row in 16 bits on the CPU, in 32 on CUDA and on
         # meta tensors: 2 x 2 bytes, of two norms a layer, the last norm and one that BLOOM has behind its embeddings.
         norms = any(isinstance(module, torch.nn.LayerNorm) for module in model.modules())
@@ -122,7 +104,7 @@ def test_activations_are_what_autograd_saves_and_the_hidden_states(model_type, p
     expected = planned(model).policies[policy].activations
     attach_subnetwork(model, [torch.arange(size) for size in SIZES], policy)
     inputs = inputs_of(model, packed=False)
-    saved = saved_bytes(lambda: decoder(model)(**inputs)[0], [decoder(model)], model.parameters())
+    saved = saved_bytes(lambda: decoder(model)(**inputs, use_cache=False)[0], [decoder(model)], model.parameters())
     assert expected == saved + ROWS * LENGTH * 32 * 4
 
 
@@ -136,15 +118,16 @@ def test_the_peak_is_that_of_a_real_step(policy):
     ids = torch.randint(3, VOCABULARY, (2, 256))
 
     def step():
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        with without_logits(model):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     step()
     states = [value for state in optimizer.state.values() for value in state.values()]
     measured = peak_bytes(step, [*model.parameters(), *model.buffers(), *states], torch.device("cpu"))
-    # The plan is of the chunked loss, which keeps the hidden states' gradient, 0.5 MB of 40; the model's keeps logits.
-    assert measured == pytest.approx(expected.policies[policy].peak, rel=0.01)
+    # The optimizer's states beside the moments are a step counter per parameter.
+    assert measured - len(states) * 4 <= expected.policies[policy].peak <= measured
 
 
 def test_more_rows_are_never_planned_with_less_than_they_take():
