@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lape_fast.models import decoder, dense_ffns, layout_of, supports_packing
+from lape_fast.ops.linear_cross_entropy import CHUNK_ROWS
 from lape_fast.tune.policies import set_policies
 from lape_fast.tune.subnetwork import attach_subnetwork
 from lape_fast.tune.tracing import TRACED_ATTENTION, Trace, build_on_meta, trace_step
@@ -134,15 +135,19 @@ class Workload:
         return trace_step(self.model, rows, self.context_length, packed=self.packed, device=self.device)
 
     def _between(self, policy: str, rows: int) -> Trace:
-        """The trace of some rows, between or beyond the three that are run.
+        """The trace of some rows, between or beyond the few that are run.
 
-        Each figure is the largest of several that grow in proportion: a chord lies above it, and behind the last of
-        the three, where what does not grow no longer counts, it is a line.
+        Each figure is the largest of several that grow in proportion, so a chord lies above it; only the loss stops
+        growing so at the rows of its chunk. Behind the last of the few, where what does not grow no longer counts, it
+        is a line.
         """
-        many = max(2 * self.rows, -(-MANY_TOKENS // self.context_length))
-        if rows in (1, self.rows, many):
+        length = self.context_length
+        few = {1, self.rows, max(1, CHUNK_ROWS // length), -(-CHUNK_ROWS // length)}
+        run = sorted(few | {max(2 * max(few), -(-MANY_TOKENS // length))})
+        if rows in run:
             return self.trace(policy, rows)
-        first, last = (1, self.rows) if rows < self.rows else (self.rows, many)
+        last = next((position for position, size in enumerate(run) if size > rows), len(run) - 1)
+        first, last = run[last - 1], run[last]
         share = (rows - first) / (last - first)
         ends = zip(vars(self.trace(policy, first)).values(), vars(self.trace(policy, last)).values(), strict=True)
         return Trace(*(round(low + share * (high - low)) for low, high in ends))
