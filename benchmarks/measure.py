@@ -11,20 +11,18 @@ import platform
 import statistics
 import subprocess
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import lape_fast
 from lape_fast.files import write_json
 from lape_fast.ops.backend import resolve_backend
+from lape_fast.tune.tracing import LiveBytes
 
 # The bootstrap: resamples of the rounds, and the share of them that the interval covers.
 RESAMPLES, COVERAGE = 10_000, 0.95
@@ -202,39 +200,6 @@ def peak_bytes(step: Callable[[], Any], resident: Iterable[Tensor], device: torc
             step()
         added = live.peak
     return sum(storages.values()) + added
-
-
-class LiveBytes(TorchDispatchMode):
-    """Within the context, follows the bytes of tensors that operators create and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # Inputs met before any operator returned them were there already.
-        for tensor in tree_leaves((args, kwargs)):
-            self._follow(tensor, created=False)
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            self._follow(tensor, created=True)
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _follow(self, value: Any, created: bool) -> None:
-        if not isinstance(value, Tensor):
-            return
-        storage = value.untyped_storage()
-        if storage._cdata in self._sizes:
-            return
-        size = storage.nbytes() if created else 0
-        self._sizes[storage._cdata] = size
-        self.live += size
-        weakref.finalize(storage, self._freed, storage._cdata)
-
-    def _freed(self, identity: int) -> None:
-        self.live -= self._sizes.pop(identity)
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:

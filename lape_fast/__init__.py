@@ -47,6 +47,7 @@ _PUBLIC = {
         "attach_subnetwork",
         "load_adapter",
         "merge_adapter",
+        "plan",
         "tune_language",
     ),
     "study": ("AblationMatrix", "ablate_neurons", "evaluate_languages", "prepare_text", "score", "silenced"),

@@ -238,6 +238,19 @@ def print_facts(name: Any, facts: dict[str, Any], as_json: bool) -> None:
     Console().print(table)
 
 
+def print_plan(plan, as_json: bool) -> None:
+    """Prints a memory plan: what stays, each policy's peak, and what fits on which GPU."""
+    if as_json:
+        print_json(plan.to_dict())
+        return
+    for headers, rows in plan.tables():
+        table = new_table(*headers)
+        for row in rows:
+            table.add_row(*row)
+        _print_whole(table)
+    Console().print(plan.summary(), highlight=False, markup=False, soft_wrap=True)
+
+
 def _corpus_in_words(corpus: dict[str, Any]) -> str:
     # Lines 1- are all of them.
     lines = f", lines {corpus['lines']}" if corpus["lines"] != "1-" else ""

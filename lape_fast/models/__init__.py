@@ -6,13 +6,14 @@ from lape_fast.models.ffn import check_neurons, check_size, check_unshared, dens
 from lape_fast.models.head import without_logits
 from lape_fast.models.hidden_states import decoder, forward_hidden, supports_packing, without_final_norm
 from lape_fast.models.layouts import layout_of
-from lape_fast.models.loading import load_model, model_identity, tokenizer_hash, weights_hash
-from lape_fast.models.quantised import dequantise, dequantise_model, quantisation_of
+from lape_fast.models.loading import load_config, load_model, model_identity, named_dtype, tokenizer_hash, weights_hash
+from lape_fast.models.quantised import Quantise, dequantise, dequantise_model, quantisation_of
 from lape_fast.models.sharding import load_sharded_model
 
 __all__ = [
     "FFN",
     "ExpertFFN",
+    "Quantise",
     "check_neurons",
     "check_size",
     "check_unshared",
@@ -23,9 +24,11 @@ __all__ = [
     "find_ffns",
     "forward_hidden",
     "layout_of",
+    "load_config",
     "load_model",
     "load_sharded_model",
     "model_identity",
+    "named_dtype",
     "quantisation_of",
     "replaced",
     "supports_packing",

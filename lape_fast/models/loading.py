@@ -91,14 +91,13 @@ def load_model(
     Example:
         >>> model, tokenizer = load_model("meta-llama/Llama-3.1-8B", dtype="bfloat16")
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = os.fspath(name_or_path)
-    torch_dtype, torch_device = _dtype(dtype), _device(device)
+    torch_dtype, torch_device = named_dtype(dtype), _device(device)
     options = {"local_files_only": _is_folder(name), "trust_remote_code": False}
     # The config first: an unknown architecture is refused before gigabytes of weights are read.
-    config = _attempt("config", name, lambda: AutoConfig.from_pretrained(name, **options))
-    check_known(config.model_type)
+    config = load_config(name)
     quantisation = loading_options(name, config, quantise, torch_dtype, torch_device)
     tokenizer = _attempt("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, **options))
     # transformers makes an empty tokenizer of some classes when there is no file to read.
@@ -124,6 +123,22 @@ def load_model(
         model.set_experts_implementation("eager")
     keep_as_stored(model.modules())
     return model.to(torch_device).eval(), tokenizer
+
+
+def load_config(name_or_path: str | os.PathLike) -> Any:
+    """The config of a model, without its weights.
+
+    Raises:
+        ConfigError: it cannot be found or read.
+        ArchitectureError: the table of FFN layouts lacks the architecture.
+    """
+    from transformers import AutoConfig
+
+    name = os.fspath(name_or_path)
+    options = {"local_files_only": _is_folder(name), "trust_remote_code": False}
+    config = _attempt("config", name, lambda: AutoConfig.from_pretrained(name, **options))
+    check_known(config.model_type)
+    return config
 
 
 def model_identity(model) -> dict[str, Any]:
@@ -177,7 +192,12 @@ def tokenizer_hash(tokenizer) -> str:
     return json_hash({"rules": rules, "special": special})
 
 
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def named_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """The torch dtype of a name; "auto" stays.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:

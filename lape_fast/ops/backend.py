@@ -6,10 +6,13 @@ Python beside each op, so that the ops exist (and compile, and trace) where the 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
@@ -19,6 +22,9 @@ from lape_fast.errors import BackendError
 Backend = Literal["auto", "reference", "cpp", "triton"]
 
 LIBRARY = torch.library.Library("lape_fast", "FRAGMENT")
+
+# The type of the device that meta tensors stand for while memory is planned.
+_PLANNED: contextvars.ContextVar[str] = contextvars.ContextVar("planned", default="cpu")
 
 
 def _load_extension() -> bool:
@@ -33,6 +39,21 @@ def _load_extension() -> bool:
 EXTENSION_LOADED = _load_extension()
 
 
+def device_type(tensor: torch.Tensor) -> str:
+    """The type of the device whose kernels a tensor is computed by: of a meta tensor, the one it stands for."""
+    return _PLANNED.get() if tensor.device.type == "meta" else tensor.device.type
+
+
+@contextlib.contextmanager
+def planned_for(device: str) -> Iterator[None]:
+    """Within the context, meta tensors take the ways that tensors on ``device`` ("cpu" or "cuda") would take."""
+    token = _PLANNED.set(device)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
+
+
 def resolve_backend(backend: Backend | None, device: torch.device) -> Literal["reference", "cpp", "triton"]:
     """Chooses the backend for a tensor on ``device``.
 
@@ -42,6 +63,9 @@ def resolve_backend(backend: Backend | None, device: torch.device) -> Literal["r
     name = backend or os.environ.get("LAPE_FAST_BACKEND") or "auto"
     if name not in get_args(Backend):
         raise BackendError(f"The backend {name!r} is unknown; choose one of {', '.join(get_args(Backend))}.")
+    # No kernel runs on a meta tensor: every backend but the reference leads to the op's fake kernel.
+    if device.type == "meta" and name != "reference":
+        return "triton"
     if name == "auto":
         return _automatic(device)
     if name == "cpp" and (device.type != "cpu" or not EXTENSION_LOADED):

@@ -3,6 +3,8 @@
 from lape_fast.tune.adapter import load_adapter, merge_adapter, read_adapter_config, write_adapter
 from lape_fast.tune.base_model import BaseSize, train_base_model
 from lape_fast.tune.optimizer import IndexedAdamW, Part
+from lape_fast.tune.planning import Plan, plan
+from lape_fast.tune.policies import measured_peak
 from lape_fast.tune.subnetwork import Subnetwork, attach_subnetwork
 from lape_fast.tune.subnetwork_ffn import Policy, Storage, SubnetworkFFN
 from lape_fast.tune.training import TrainingSettings
@@ -12,6 +14,7 @@ __all__ = [
     "BaseSize",
     "IndexedAdamW",
     "Part",
+    "Plan",
     "Policy",
     "Storage",
     "Subnetwork",
@@ -20,7 +23,9 @@ __all__ = [
     "TrainingSettings",
     "attach_subnetwork",
     "load_adapter",
+    "measured_peak",
     "merge_adapter",
+    "plan",
     "read_adapter_config",
     "train_base_model",
     "tune_language",

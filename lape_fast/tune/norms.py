@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lape_fast.ops.backend import device_type
+
 # The norms that transformers writes out step by step -> whether it is weight * x / rms(x), which torch has a fused
 # kernel for. (Gemma's multiplies by 1 + weight in fp32, which a 16-bit weight cannot hold.)
 NORMS = {
@@ -46,7 +48,7 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
 
     The fused kernel rounds once where the model's own code in 16 bits rounds twice.
     """
-    if x.device.type == "cuda" and NORMS.get(type(norm).__name__) and x.dtype == norm.weight.dtype:
+    if device_type(x) == "cuda" and NORMS.get(type(norm).__name__) and x.dtype == norm.weight.dtype:
         return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
     return type(norm).forward(norm, x)
 
@@ -60,7 +62,7 @@ def _forward(norm: nn.Module, x: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad and frozen) or torch.compiler.is_compiling():
         return type(norm).forward(norm, x)
     # The fused kernel keeps no more than x itself and a number per row.
-    return normalise(norm, x) if x.device.type == "cuda" and NORMS[type(norm).__name__] else _Recomputed.apply(x, norm)
+    return normalise(norm, x) if device_type(x) == "cuda" and NORMS[type(norm).__name__] else _Recomputed.apply(x, norm)
 
 
 class _Recomputed(torch.autograd.Function):

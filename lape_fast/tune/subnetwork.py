@@ -16,6 +16,7 @@ from lape_fast.errors import AdapterError, TrainingError
 from lape_fast.models import check_neurons, dense_ffns, model_identity
 from lape_fast.tune.norms import restore_norms, slim_norms
 from lape_fast.tune.optimizer import IndexedAdamW, Part
+from lape_fast.tune.policies import decide_at_first_step, set_policies
 from lape_fast.tune.subnetwork_ffn import ATTACHED, Policy, Storage, SubnetworkFFN
 
 DEFAULT_NAME = "default"
@@ -25,6 +26,7 @@ class Subnetwork:
     """One language's subnetwork in a model, attached by ``attach_subnetwork``.
 
     Attributes:
+        model: the model.
         layers: the FFNs, from the lowest trained layer up.
         paths: the path of each in the model.
         name: under which the FFNs know it.
@@ -36,6 +38,7 @@ class Subnetwork:
     """
 
     def __init__(self, model: nn.Module, name: str):
+        self.model = model
         self.layers = installed_layers(model)
         paths = {id(module): path for path, module in model.named_modules()}
         self.paths = [paths[id(layer)] for layer in self.layers]
@@ -96,9 +99,10 @@ class Subnetwork:
         return IndexedAdamW(parts, **options)
 
     def set_policy(self, policy: Policy) -> None:
-        """Changes what is kept for backward, in all layers."""
-        for layer in self.layers:
-            layer.set_policy(policy)
+        """Changes what is kept for backward, in all layers; ``auto`` decides at the next training step."""
+        set_policies(self.layers, policy)
+        if policy == "auto":
+            decide_at_first_step(self.model)
 
     def fingerprint(self) -> str:
         """SHA-256 over the original values that the subnetwork replaces, to know the base again."""
@@ -116,7 +120,8 @@ def attach_subnetwork(
     Args:
         model: a causal language model of a known architecture.
         neurons: one sorted index tensor per layer.
-        policy: what is kept for backward: ``save``, ``recompute``, ``checkpoint`` or ``auto``.
+        policy: what is kept for backward: ``save``, ``recompute``, ``checkpoint`` or ``auto``, the fastest that fits
+            into the memory that is free at the first training step.
         storage: ``resident`` writes the trained values into the base, ``overlay`` never writes it; ``auto`` is overlay
             where the base is quantised or sharded. Choose overlay for a model that is to be sharded later.
 
@@ -177,6 +182,8 @@ def install(
                 layer.add(other, torch.empty(0, dtype=torch.int64))
     for number, layer in installed.items():
         layer.add(name, neurons[number])
+    if policy == "auto":
+        decide_at_first_step(model)
     return installed_layers(model)
 
 

@@ -54,12 +54,10 @@ class Selection(nn.Module):
         neurons: int64 ``[K]``, sorted.
         slots: int32 ``[F]``, see ``slot_map``.
         original_*: ``[K, D]`` per part in the base's dtype, in resident storage; without effect on a state dict.
-        was_held: whether the base has ever held its values.
     """
 
     def __init__(self, neurons: Tensor, width: int, originals: dict[str, Tensor]):
         super().__init__()
-        self.was_held = False
         self.register_buffer("neurons", neurons, persistent=False)
         self.register_buffer("slots", slot_map(neurons, width), persistent=False)
         for part, values in originals.items():

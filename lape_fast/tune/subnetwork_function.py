@@ -18,6 +18,7 @@ from torch._compile import _disable_dynamo
 
 from lape_fast.errors import TrainingError
 from lape_fast.ops import gated_activation, gated_activation_backward
+from lape_fast.ops.backend import device_type
 from lape_fast.tune.norms import normalise
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class _Call:
         self.layer, self.state = layer, (layer.held, layer.writes)
         self.spent = False
         self.grad_y: Tensor | None = None
-        device = x.device.type
+        device = device_type(x)
         self._autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     def as_in_forward(self):
@@ -253,6 +254,6 @@ def _weight_gradients(layer: SubnetworkFFN, normed: Tensor, hidden: Tensor, grad
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left^T right for ``[T, K]`` and ``[T, D]``, accumulated and returned in the masters' dtype."""
-    if left.dtype == right.dtype != dtype and left.device.type == "cuda":
+    if left.dtype == right.dtype != dtype and device_type(left) == "cuda":
         return torch.mm(left.T, right, out_dtype=dtype)
     return left.to(dtype).T @ right.to(dtype)
