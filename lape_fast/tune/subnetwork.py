@@ -217,11 +217,10 @@ def fingerprint(layers: Sequence[SubnetworkFFN], name: str) -> str:
 
 
 def _write_after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    """Brings what an optimizer did to masters into the base weights. Fused optimizers leave no other trace of it."""
+    """Brings what an optimizer did to masters into the base weights."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in list(ATTACHED):
-        if layer.owns(stepped):
-            layer.synchronize()
+        layer.follow(stepped)
 
 
 register_optimizer_step_post_hook(_write_after_step)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
+from collections import Counter
 from typing import Any, Literal, get_args
 
 import torch
@@ -85,9 +86,9 @@ class SubnetworkFFN(nn.Module):
         for part in self.parts:
             setattr(self, part, nn.ParameterDict())
         self.overlay = storage == "overlay" or (storage == "auto" and not ffn.writable)
-        # Whose values the block computes with, and how often any language's values changed.
+        # Whose values the block computes with, and how often each language's changed.
         self.held: str | None = None
-        self.writes = 0
+        self.writes: Counter[str | None] = Counter()
         # What the masters of each language showed when they were last written.
         self._written: dict[str, tuple] = {}
         self.policy: Policy = "save"
@@ -200,14 +201,19 @@ class SubnetworkFFN(nn.Module):
         return {part: getattr(self, part)[name] for part in self.parts if name in getattr(self, part)}
 
     def note_write(self) -> None:
-        """Counts a change of the values, after which the base holds the masters', so that older graphs are noticed."""
-        self.writes += 1
+        """Counts a change of the held values, which the base has by now, so that older graphs are noticed."""
         if self.held is not None:
+            self.writes[self.held] += 1
             self._written[self.held] = self._stamp()
 
-    def owns(self, parameters: set[int]) -> bool:
-        """Whether masters of any language are among these ``id``s."""
-        return any(id(master) in parameters for part in self.parts for master in getattr(self, part).values())
+    def follow(self, stepped: set[int]) -> None:
+        """Takes over what an optimizer did to parameters of these ``id``s, which fused ones leave no other trace of."""
+        for name in self.selections:
+            if any(id(master) in stepped for master in self.masters(name).values()):
+                if name == self.held:
+                    self.synchronize()
+                else:
+                    self.writes[name] += 1
 
     def trained(self) -> list[nn.Parameter | None]:
         """Gate rows, up rows and down columns of the held language; None where there are none."""

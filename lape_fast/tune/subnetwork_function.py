@@ -51,7 +51,7 @@ class _Call:
     """One forward pass of a layer, shared by its autograd nodes."""
 
     def __init__(self, layer: SubnetworkFFN, x: Tensor):
-        self.layer, self.state = layer, (layer.held, layer.writes)
+        self.layer, self.state = layer, (layer.held, layer.writes[layer.held])
         self.spent = False
         self.grad_y: Tensor | None = None
         device = x.device.type
@@ -63,7 +63,7 @@ class _Call:
         return torch.autocast(device, dtype=dtype, enabled=enabled)
 
     def check_unchanged(self) -> None:
-        if self.state != (self.layer.held, self.layer.writes):
+        if self.state != (self.layer.held, self.layer.writes[self.layer.held]):
             raise TrainingError(
                 f"The weights of layer {self.layer.ffn.layer} were changed between its forward and its backward pass; "
                 "call backward() before the optimizer's step or a switch of the subnetwork."
