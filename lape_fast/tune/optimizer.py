@@ -20,13 +20,13 @@ class Part(NamedTuple):
         parameter: the master ``[K, D]``, fp32 (fp64 for an fp64 weight).
         weight: gives the live ``[F, D]`` view, or None while it shall not be written.
         neurons: int64 ``[K]``, sorted and unique.
-        written: called after every write to the weight.
+        updated: called after every update of the parameter.
     """
 
     parameter: nn.Parameter
     weight: Callable[[], Tensor | None]
     neurons: Tensor
-    written: Callable[[], None] | None = None
+    updated: Callable[[], None] | None = None
 
 
 class IndexedAdamW(Optimizer):
@@ -162,10 +162,10 @@ class IndexedAdamW(Optimizer):
             step=step,
             clip=clip,
         )
-        for part, weight, state in zip(parts, weights, states, strict=True):
+        for part, state in zip(parts, states, strict=True):
             state["step"] += 1
-            if weight is not None and part.written is not None:
-                part.written()
+            if part.updated is not None:
+                part.updated()
 
 
 def _on_one_device(part: Part) -> Part:

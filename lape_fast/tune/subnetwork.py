@@ -92,7 +92,12 @@ class Subnetwork:
             >>> optimizer = attach_subnetwork(model, neurons["mlt_Latn"]).optimizer(lr=1e-4)
         """
         parts = [
-            Part(master, functools.partial(_written_weight, layer, part), layer.neurons(self.name), layer.note_write)
+            Part(
+                master,
+                functools.partial(_written_weight, layer, self.name, part),
+                layer.neurons(self.name),
+                functools.partial(layer.note_update, self.name),
+            )
             for layer in self.layers
             for part, master in layer.masters(self.name).items()
         ]
@@ -255,9 +260,9 @@ def fingerprint(layers: Sequence[SubnetworkFFN], name: str) -> str:
     return digest.hexdigest()
 
 
-def _written_weight(layer: SubnetworkFFN, part: str) -> Tensor | None:
-    """The ``[F, D]`` weight that an optimizer writes a part into; none in overlay storage."""
-    return None if layer.overlay else layer.base_weight(part)
+def _written_weight(layer: SubnetworkFFN, name: str, part: str) -> Tensor | None:
+    """The ``[F, D]`` weight that an optimizer writes a part into; none while it holds no values of this language."""
+    return None if layer.overlay or layer.held != name else layer.base_weight(part)
 
 
 def _write_after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -266,8 +271,7 @@ def _write_after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         return
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in list(ATTACHED):
-        if layer.owns(stepped):
-            layer.synchronize()
+        layer.follow(stepped)
 
 
 register_optimizer_step_post_hook(_write_after_step)

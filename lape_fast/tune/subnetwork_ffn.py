@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -89,9 +90,9 @@ class SubnetworkFFN(nn.Module):
         for part in self.parts:
             setattr(self, part, nn.ParameterDict())
         self.overlay = storage == "overlay" or (storage == "auto" and not ffn.writable)
-        # Whose values the block computes with, and how often any language's values changed.
+        # Whose values the block computes with, and how often each language's changed.
         self.held: str | None = None
-        self.writes = 0
+        self.writes: Counter[str | None] = Counter()
         # What the masters of each language showed when they were last written.
         self._written: dict[str, tuple] = {}
         self.policy: Policy = "save"
@@ -182,7 +183,7 @@ class SubnetworkFFN(nn.Module):
         """
         if self.held is not None:
             self._write(self.held, self.masters())
-        self.note_write()
+            self.note_update(self.held)
 
     def synchronize_if_changed(self) -> None:
         """``synchronize`` if the held masters show that they were written since."""
@@ -210,15 +211,23 @@ class SubnetworkFFN(nn.Module):
         name = name or self.held
         return {part: getattr(self, part)[name] for part in self.parts if name in getattr(self, part)}
 
-    def note_write(self) -> None:
-        """Counts a change of the values, after which the base holds the masters', so that older graphs are noticed."""
-        self.writes += 1
-        if self.held is not None:
-            self._written[self.held] = self._stamp()
+    def note_update(self, name: str) -> None:
+        """Counts a change of a language's values, which the base has by now if it holds them.
 
-    def owns(self, parameters: set[int]) -> bool:
-        """Whether masters of any language are among these ``id``s."""
-        return any(id(master) in parameters for part in self.parts for master in getattr(self, part).values())
+        Graphs from before it are noticed by that.
+        """
+        self.writes[name] += 1
+        if name == self.held:
+            self._written[name] = self._stamp()
+
+    def follow(self, stepped: set[int]) -> None:
+        """Takes over what an optimizer did to parameters of these ``id``s, which fused ones leave no other trace of."""
+        for name in self.selections:
+            if any(id(master) in stepped for master in self.masters(name).values()):
+                if name == self.held:
+                    self.synchronize()
+                else:
+                    self.note_update(name)
 
     def trained(self) -> list[nn.Parameter | None]:
         """Gate rows, up rows and down columns of the held language; None where there are none."""

@@ -53,7 +53,7 @@ class _Call:
     """One forward pass of a layer, shared by its autograd nodes."""
 
     def __init__(self, layer: SubnetworkFFN, x: Tensor):
-        self.layer, self.state = layer, (layer.held, layer.writes)
+        self.layer, self.state = layer, (layer.held, layer.writes[layer.held])
         self.spent = False
         self.grad_y: Tensor | None = None
         device = device_type(x)
@@ -65,7 +65,7 @@ class _Call:
         return torch.autocast(device, dtype=dtype, enabled=enabled)
 
     def check_unchanged(self) -> None:
-        if self.state != (self.layer.held, self.layer.writes):
+        if self.state != (self.layer.held, self.layer.writes[self.layer.held]):
             raise TrainingError(
                 f"The weights of layer {self.layer.ffn.layer} were changed between its forward and its backward pass; "
                 "call backward() before the optimizer's step or a switch of the subnetwork."
@@ -218,13 +218,13 @@ def _differentiate(
     slots = layer.selections[layer.held].slots if selected else None
     hidden, grads = gated_activation_backward(grad_h, gate, up, ffn.activation, slots, selected)
     # gate and up now hold their gradients.
-    parts = [(gate, ffn.gate_weight)] if up is None else [(gate, ffn.gate_weight), (up, ffn.up_weight)]
     overlays = _overlays(layer)
     grad_normed = None
-    for part, (values, weight) in enumerate(parts):
+    for part, values in enumerate((gate,) if up is None else (gate, up)):
         if overlays:
             values[..., neurons] = 0
-        product = _add_product(grad_normed, values, weight)
+        # One at a time, for a quantised weight is made anew.
+        product = _add_product(grad_normed, values, ffn.up_weight if part else ffn.gate_weight)
         if overlays:
             columns = grads[:, part * selected : (part + 1) * selected]
             product.view(-1, product.shape[-1]).addmm_(columns, _rounded(layer, part, columns.dtype))

@@ -13,7 +13,8 @@ from peft import get_peft_model
 from benchmarks.measure import peak_bytes, saved_bytes
 from lape_fast.errors import ArchitectureError, ConfigError, LanguageError, TrainingError
 from lape_fast.identify import NeuronSet
-from lape_fast.models import decoder, find_ffns, layout_of, supports_packing, without_logits
+from lape_fast.models import decoder, find_ffns, layout_of, without_logits
+from lape_fast.models.layouts import LAYOUTS
 from lape_fast.terminal import print_plan
 from lape_fast.tune import SubnetworkConfig, attach_subnetwork, measured_peak, plan
 from lape_fast.tune.planning import GIB, GPUS, HELD_BACK
@@ -72,13 +73,18 @@ def inputs_of(model, packed):
     return {"input_ids": torch.randint(3, VOCABULARY, (ROWS, LENGTH)), **given}
 
 
-@pytest.mark.parametrize("packed", [False, True])
+# Those that pack in both ways, and those that do not in one.
+LAYOUTS_AND_PACKING = [
+    (model_type, packed)
+    for model_type in DENSE_TYPES
+    for packed in ([False, True] if LAYOUTS[model_type].packing else [False])
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("model_type", DENSE_TYPES)
-def test_a_traced_step_takes_the_bytes_of_a_real_one(model_type, dtype, packed):
+@pytest.mark.parametrize(("model_type", "packed"), LAYOUTS_AND_PACKING)
+def test_a_traced_step_takes_the_bytes_of_a_real_one(model_type, packed, dtype):
     model = tiny_model(model_type, layers=3, dtype=dtype).train()
-    if packed and not supports_packing(model):
-        pytest.skip("this architecture packs one document a row")
     meta = build_on_meta(model.config, dtype)
     subnetworks = [attach_subnetwork(each, [torch.arange(size) for size in SIZES]) for each in (model, meta)]
     inputs = inputs_of(model, packed)
