@@ -23,7 +23,7 @@ from lape_fast.errors import AdapterError, CorpusError, StoppedError, TrainingEr
 from lape_fast.identify import NeuronSet
 from lape_fast.tune import SubnetworkConfig, TrainingSettings, callbacks
 from lape_fast.tune.subnetwork import installed_layers
-from lape_fast.tune.training import last_checkpoint, pack_documents, train
+from lape_fast.tune.training import Steps, last_checkpoint, pack_documents, train
 from tests.tiny_models import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 
 LANGUAGE = "mlt_Latn"
@@ -259,8 +259,7 @@ def test_trls_dpo_trainer_takes_the_base_for_its_reference(tmp_path, storage):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     # Before the first step the model is its own reference.
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_another_adapter_may_be_the_reference():
@@ -384,7 +383,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_the_last_good_values(tmp
     with monkeypatch.context() as patch, pytest.raises(TrainingError) as raised:
         during(patch, 3, spoil)
         train(model, rows, tmp_path, SETTINGS)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SETTINGS.seed))
+    order = Steps(rows, 8, SETTINGS.seed).order
     # Of rows with the same text the first is named.
     named = ", ".join(map(str, sorted(rows.find(rows.columns["input_ids"][order[6:8]]))))
     assert f"The gradient of step 4 (rows {named} of the packed text) is not finite" in str(raised.value)
@@ -395,8 +394,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_the_last_good_values(tmp
 
 def test_a_step_without_anything_to_predict_is_a_step_of_no_gradient(tmp_path):
     model, rows = packed()
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SETTINGS.seed))
-    rows.columns["labels"][order[:4]] = -100
+    order = Steps(rows, 4, SETTINGS.seed).order
+    rows.columns["labels"][order] = -100
     before = masters(model)
     short = TrainingSettings(**{**vars(SETTINGS), "steps": 2, "weight_decay": 0.0})
     train(model, rows, tmp_path / "short", short)
@@ -436,10 +435,8 @@ def test_training_stops_when_nothing_gets_better_and_the_base_has_the_best(tmp_p
 @pytest.mark.parametrize("schedule", ["linear", "constant", "cosine"])
 def test_the_learning_rate_follows_the_schedule(tmp_path, schedule):
     model, rows = packed()
-    settings = TrainingSettings(
-        context_length=32, rows_per_step=2, steps=20, learning_rate=1e-2, schedule=schedule, warmup=0.25
-    )
-    report = train(model, rows, tmp_path, settings)
+    changes = {"steps": 20, "schedule": schedule, "warmup": 0.25}
+    report = train(model, rows, tmp_path, TrainingSettings(**{**vars(SETTINGS), **changes}))
     rates = [entry["learning_rate"] for entry in report["log"] if "learning_rate" in entry]
     assert len(rates) == 20
     # Five steps of warm-up; the peak is reached at the sixth, and transformers' `constant` has none.
