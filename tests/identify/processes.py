@@ -27,6 +27,8 @@ def start(function: Callable[[], Any], rank: int = 0, size: int = 1, port: int =
             "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            # Without it accelerate takes all cores again.
+            "OMP_NUM_THREADS": "1",
         }
         sender.send(function())
 
