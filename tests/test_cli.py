@@ -407,6 +407,8 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
         (["convert", workplace / "x.pth", "--output", workplace / "n.safetensors"], "--languages"),
         ([*tune, "--neurons", neurons, "--language", "deu_Latn"], "deu_Latn"),
         ([*tune, "--neurons", neurons, "--language", "mlt_Latn", "--method", "magic"], "'magic'"),
+        ([*tune[:-2], "--neurons", neurons, "--language", "mlt_Latn"], "--output"),
+        ([*tune, "--neurons", neurons, "--language", "mlt_Latn", "--dry-run", "--gpu", "RTX 1"], "RTX 1"),
         (["evaluate", "--model", workplace / "nowhere", "--corpus", texts], "nowhere"),
         (["evaluate", "--model", base, "--corpus", workplace / "nowhere"], "nowhere"),
         (["evaluate", "--model", base, "--corpus", texts, "--quantise", "gptq"], "use one of nf4, int8, torchao-int8"),

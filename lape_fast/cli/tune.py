@@ -22,16 +22,20 @@ from lape_fast.cli.options import (
     Quantise,
     TextColumn,
     load,
+    note,
     open_text,
 )
-from lape_fast.terminal import print_facts
+from lape_fast.errors import ConfigError
+from lape_fast.terminal import print_facts, print_plan
 
 
 def tune(
     model: Model,
     neurons: Neurons,
     language: Annotated[str, typer.Option("--language", help="Whose neurons to tune, on its own text.")],
-    output: Output,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Adapter folder to write; nothing that exists is overwritten.")
+    ] = None,
     corpus: CorpusSpec = DEFAULT_CORPUS,
     lines: Lines = None,
     validation_lines: Annotated[
@@ -42,18 +46,54 @@ def tune(
         str, typer.Option("--method", help="subnetwork, or random: as many neurons, none of them the language's.")
     ] = "subnetwork",
     policy: Annotated[
-        str, typer.Option("--policy", help="save, or recompute: slower, with less memory for backward.")
-    ] = "save",
+        str,
+        typer.Option(
+            "--policy",
+            help="What is kept for backward, from fast to lean: save, recompute, checkpoint; auto is the fastest that "
+            "fits.",
+        ),
+    ] = "auto",
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps; overrides --epochs.")] = None,
     epochs: Annotated[float, typer.Option("--epochs", min=0.0, help="Passes over the text.")] = 1.0,
     learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0, help="Peak learning rate.")] = 1e-4,
+    schedule: Annotated[
+        str, typer.Option("--schedule", help="How the learning rate falls: cosine, linear, constant, ...")
+    ] = "cosine",
+    warmup: Annotated[
+        float, typer.Option("--warmup", min=0.0, max=1.0, help="Share of the steps in which it rises.")
+    ] = 0.05,
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0, help="Of AdamW.")] = 0.01,
     context_length: ContextLength = 512,
-    rows_per_step: Annotated[int, typer.Option("--rows-per-step", min=1, help="Rows per optimizer step.")] = 8,
+    rows_per_step: Annotated[
+        int, typer.Option("--rows-per-step", min=1, help="Rows per optimizer step, over all processes.")
+    ] = 8,
+    rows_per_pass: Annotated[
+        int | None,
+        typer.Option("--rows-per-pass", min=1, help="Rows that a device computes at once; gradients add up to a step."),
+    ] = None,
+    evaluate_every: Annotated[
+        int, typer.Option("--evaluate-every", min=1, help="Steps between looks at the validation lines.")
+    ] = 50,
+    patience: Annotated[
+        int | None, typer.Option("--patience", min=1, help="Stop after this many of them without a better one.")
+    ] = None,
+    save_every: Annotated[
+        int, typer.Option("--save-every", min=1, help="Steps between checkpoints, without validation lines.")
+    ] = 200,
+    report_to: Annotated[
+        list[str], typer.Option("--report-to", help="tensorboard, wandb, trackio, ...; repeatable.")
+    ] = [],  # noqa: B006
     seed: Annotated[int, typer.Option("--seed", help="Of the row order, and of the random neurons.")] = 0,
     dtype: Dtype = "auto",
     quantise: Quantise = None,
     device: Device = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the memory that training would take, and load no weight.")
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", help="With --dry-run: a GPU by name, or its GiB; by default this machine's."),
+    ] = None,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
@@ -66,19 +106,43 @@ def tune(
     """
     from lape_fast.identify import joined_world
     from lape_fast.text import canonical
-    from lape_fast.tune import SubnetworkConfig, TrainingSettings, tune_language
+    from lape_fast.tune import SubnetworkConfig, TrainingSettings, plan, tune_language
 
+    if dry_run:
+        predicted = plan(
+            model,
+            neurons,
+            language=language,
+            rows_per_step=rows_per_step,
+            rows_per_pass=rows_per_pass,
+            context_length=context_length,
+            policy=policy,
+            gpu=_number_or_name(gpu),
+            quantise=quantise,
+            dtype=dtype,
+        )
+        print_plan(predicted, as_json)
+        return
+    if output is None:
+        raise ConfigError("tune needs --output, the folder of the adapter that it writes; --dry-run writes none.")
     choice = SubnetworkConfig(neurons=neurons, language=language, method=method, policy=policy, seed=seed)
     opened = open_text(corpus, lines, language, text_column)
     validation = open_text(corpus, validation_lines, language, text_column) if validation_lines else None
     settings = TrainingSettings(
         context_length=context_length,
         rows_per_step=rows_per_step,
+        rows_per_pass=rows_per_pass,
         steps=steps,
         epochs=epochs,
         learning_rate=learning_rate,
+        schedule=schedule,
+        warmup=warmup,
         weight_decay=weight_decay,
         seed=seed,
+        save_every=save_every,
+        evaluate_every=evaluate_every,
+        patience=patience,
+        report_to=tuple(report_to),
     )
     with joined_world() as world:
         loaded, tokenizer = load(model, dtype, device or world.device, quantise=quantise)
@@ -97,20 +161,33 @@ def merge(
     adapter: Annotated[Path, typer.Option("--adapter", help="Adapter folder, as written by tune.")],
     output: Output,
     dtype: Dtype = "auto",
+    quantise: Quantise = None,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Write the model with an adapter's values in its weights, as a plain Hugging Face model.
 
+    An adapter that was tuned on a quantised base needs the same --quantise; the whole base is then written in 16 bits.
+
     Example: lape-fast merge --model meta-llama/Llama-3.1-8B --adapter adapters/mlt_Latn --output llama-mlt
     """
     from lape_fast.files import atomic_folder, refuse_existing
-    from lape_fast.tune import load_adapter
+    from lape_fast.tune import merge_adapter
 
     refuse_existing(output)
-    loaded, tokenizer = load(model, dtype, "cpu")
-    load_adapter(loaded, adapter).detach(keep=True)
+    loaded, tokenizer = load(model, dtype, "cpu", quantise=quantise)
+    merged = merge_adapter(loaded, adapter)
     with atomic_folder(output) as folder:
-        loaded.save_pretrained(folder)
+        merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    print_facts(output, {"model": str(output), "base": model, "adapter": str(adapter)}, as_json)
+    facts = {"model": str(output), "base": model, "adapter": str(adapter), "dtype": str(merged.dtype)[6:]}
+    if quantise:
+        note(f"The base was {quantise}; what was written is the dequantised model in {facts['dtype']}.")
+    print_facts(output, facts, as_json)
+
+
+def _number_or_name(gpu: str | None) -> float | str | None:
+    try:
+        return None if gpu is None else float(gpu)
+    except ValueError:
+        return gpu

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lape_fast.errors import CorpusError
@@ -17,6 +18,8 @@ from lape_fast.identify import joined_world
 from lape_fast.models import without_logits
 from lape_fast.text import Corpus, canonical
 from lape_fast.tune.adapter import write_adapter
+from lape_fast.tune.planning import Plan, plan
+from lape_fast.tune.policies import measured_peak
 from lape_fast.tune.subnetwork import Subnetwork
 from lape_fast.tune.training import TrainingSettings, pack_documents, train
 
@@ -73,7 +76,8 @@ def tune_language(
     subnetwork = Subnetwork(model, peft_model.active_adapter)
     workspace = output.with_name(f"{output.name}.checkpoints")
     optimizer = subnetwork.optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    with joined_world() as world, without_logits(model):
+    memory = _predicted_memory(model, subnetwork, settings)
+    with joined_world() as world, without_logits(model), measured_peak(model.device) as peak:
         report = train(
             peft_model.train(),
             rows,
@@ -86,7 +90,7 @@ def tune_language(
         )
         model.eval()
         sizes = {"neurons": sum(map(len, subnetwork.neurons().values())), "trainable": subnetwork.trainable()}
-        report = {**sizes, **report}
+        report = {**sizes, **report, "memory": _memory_report(memory, subnetwork, peak)}
         if world.is_main:
             with atomic_folder(output) as folder:
                 write_adapter(subnetwork, folder, config.to_dict())
@@ -95,6 +99,29 @@ def tune_language(
         # So that no process goes on to read what is not written yet.
         world.wait()
     return subnetwork, report
+
+
+def _predicted_memory(model: nn.Module, subnetwork: Subnetwork, settings: TrainingSettings) -> Plan:
+    """Planned before the run, so that a model that cannot be planned costs nothing."""
+    chosen = subnetwork.neurons()
+    return plan(
+        model,
+        [chosen.get(layer, torch.empty(0, dtype=torch.int64)) for layer in range(subnetwork.base["layers"])],
+        rows_per_step=settings.rows_per_step,
+        rows_per_pass=settings.rows_and_passes(int(os.environ.get("WORLD_SIZE", "1")))[0],
+        context_length=settings.context_length,
+        device=model.device.type,
+    )
+
+
+def _memory_report(predicted: Plan, subnetwork: Subnetwork, peak: dict[str, Any]) -> dict[str, Any]:
+    """Predicted and measured bytes side by side, of what could be measured on this device, and the policy that ran."""
+    policy = subnetwork.layers[-1].policy
+    expected = predicted.policies[policy].allocated
+    if peak["kind"] != "allocated":
+        # The growth began when the model was there.
+        expected -= sum(predicted.resident[name] for name in ("weights", "masters", "originals", "indices"))
+    return {"policy": policy, "measured": peak["kind"], "predicted_bytes": expected, "measured_bytes": peak["bytes"]}
 
 
 def _peft_model(model: nn.Module, config: SubnetworkConfig):
