@@ -1,14 +1,17 @@
 """One training step of a Llama: loss, backward, AdamW; the same model size and batch for every peer.
 
     floor            everything frozen: the loss and the gradient of the embeddings' output, no optimizer
-    ours             our FFN with its subnetwork, everything else stock
+    ours             our FFN with its subnetwork and its optimizer, everything else stock
     ours-recompute   the same, keeping for backward only the FFN's input
+    ours-checkpoint  the same, keeping only the decoder layers' input
+    ours-tune        ours as `lape-fast tune` runs it: the loss without logits
     full             all weights
     ffn              all FFN weights
     masked           the subnetwork by full FFN gradients times a mask
     clone-scatter    the subnetwork as the published scripts train it: each forward clones the weights, writes the
                      trained rows in, and backward goes through the copy
     lora             PEFT, rank 16 on all linear layers
+    lora-qv          PEFT, rank 16 on the query and value projections, which is its default for a Llama
 
 ``trainable`` counts the weights that training changes. ``saved_bytes_per_token_layer`` are kept by autograd inside the
 decoder's layers (a clone of a weight is among them), ``peak_bytes`` are live at the step's peak, weights and optimizer
@@ -22,7 +25,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +35,7 @@ from benchmarks.llama import build_llama, option_parser, prepare, random_tokens,
 from benchmarks.measure import count_flops, interleave, machine_facts, peak_bytes, report, saved_bytes, timed_rows
 from lape_fast.errors import ConfigError
 from lape_fast.identify.neurons import NeuronSet
-from lape_fast.models import FFN, decoder, find_ffns
+from lape_fast.models import FFN, decoder, find_ffns, without_logits
 from lape_fast.progress import progress_bar
 from lape_fast.tune.subnetwork import attach_subnetwork
 from lape_fast.tune.subnetwork_ffn import Policy
@@ -75,16 +78,13 @@ class Peer:
     trainable: int
     parameters: Sequence[nn.Parameter]
     gradients: Callable[[], list[Tensor]] | None = None
-    optimizer: torch.optim.Optimizer | None = field(init=False)
+    optimizer: torch.optim.Optimizer | None = None
 
     def __post_init__(self) -> None:
         self.model.train()
-        # Fused is the fastest form of torch's AdamW on both devices. No decay: masked weights must stay.
-        self.optimizer = (
-            torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-            if self.parameters
-            else None
-        )
+        if self.parameters and self.optimizer is None:
+            # Fused is the fastest form of torch's AdamW on both devices. No decay: masked weights must stay.
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
     def backward(self, input_ids: Tensor) -> Tensor:
         """Computes the gradients; returns the loss."""
@@ -141,12 +141,20 @@ def build_floor(base: nn.Module, neurons: Sequence[Tensor]) -> Peer:
     return Peer(model, 0, [])
 
 
-def build_ours(base: nn.Module, neurons: Sequence[Tensor], policy: Policy = "save") -> Peer:
+def build_ours(base: nn.Module, neurons: Sequence[Tensor], policy: Policy = "save", logits: bool = True) -> Peer:
     # The trained values live in the FFN weights, so those are not shared.
     model = share(base, ffn_weights(find_ffns(base)))
     subnetwork = attach_subnetwork(model, neurons, policy)
+    if not logits:
+        without_logits(model)
     parameters = subnetwork.parameters()
-    return Peer(model, subnetwork.trainable(), parameters, lambda: [parameter.grad for parameter in parameters])
+    optimizer = subnetwork.optimizer(lr=LEARNING_RATE, weight_decay=0.0)
+    gradients = functools.partial(_gradients, parameters)
+    return Peer(model, subnetwork.trainable(), parameters, gradients, optimizer)
+
+
+def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters]
 
 
 def build_full(base: nn.Module, neurons: Sequence[Tensor]) -> Peer:
@@ -196,10 +204,10 @@ def build_clone_scatter(base: nn.Module, neurons: Sequence[Tensor]) -> Peer:
     return Peer(model, sum(parameter.numel() for parameter in parameters), parameters, gradients)
 
 
-def build_lora(base: nn.Module, neurons: Sequence[Tensor]) -> Peer:
+def build_lora(base: nn.Module, neurons: Sequence[Tensor], targets: str | list[str] = "all-linear") -> Peer:
     from peft import LoraConfig, get_peft_model
 
-    settings = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = LoraConfig(r=LORA_RANK, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(share(base), settings)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Peer(model, sum(parameter.numel() for parameter in parameters), parameters)
@@ -209,11 +217,14 @@ PEERS = {
     "floor": build_floor,
     "ours": build_ours,
     "ours-recompute": functools.partial(build_ours, policy="recompute"),
+    "ours-checkpoint": functools.partial(build_ours, policy="checkpoint"),
+    "ours-tune": functools.partial(build_ours, logits=False),
     "full": build_full,
     "ffn": build_ffn,
     "masked": build_masked,
     "clone-scatter": build_clone_scatter,
     "lora": build_lora,
+    "lora-qv": functools.partial(build_lora, targets=["q_proj", "v_proj"]),
 }
 
 

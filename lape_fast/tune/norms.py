@@ -59,7 +59,9 @@ def _norms(layer: nn.Module) -> list[nn.Module]:
 
 def _forward(norm: nn.Module, x: Tensor) -> Tensor:
     frozen = not any(parameter.requires_grad for parameter in norm.parameters())
-    if not (torch.is_grad_enabled() and x.requires_grad and frozen) or torch.compiler.is_compiling():
+    records = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+    # An input in 32 bits is its own fp32 copy.
+    if not (records and frozen and x.dtype in (torch.bfloat16, torch.float16)):
         return type(norm).forward(norm, x)
     # The fused kernel keeps no more than x itself and a number per row.
     return normalise(norm, x) if device_type(x) == "cuda" and NORMS[type(norm).__name__] else _Recomputed.apply(x, norm)
