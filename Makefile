@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format setup benchmarks maltese rules languages clean
+.PHONY: demo test lint format setup bench maltese rules languages clean
 
 demo: setup
 	$(BIN)/lape-fast demo
@@ -23,10 +23,13 @@ format: setup
 	$(BIN)/ruff format .
 
 # Measured figures with machine, versions and commit, one JSON file per benchmark.
-benchmarks: setup
+bench: setup
 	$(BIN)/python -m benchmarks.count_overhead --json benchmarks/results/cpu/count_overhead.json
 	$(BIN)/python -m benchmarks.train_step --json benchmarks/results/cpu/train_step.json
 	$(BIN)/python -m benchmarks.loss --json benchmarks/results/cpu/loss.json
+	$(BIN)/python -m benchmarks.saved_bytes --json benchmarks/results/cpu/saved_bytes.json
+	$(BIN)/python -m benchmarks.flops $(if $(MASK),--mask $(MASK) --language mlt_Latn) --json benchmarks/results/cpu/flops.json
+	$(BIN)/python -m benchmarks.adapter --json benchmarks/results/cpu/adapter.json
 	$(BIN)/python -m benchmarks.select --json benchmarks/results/cpu/select.json
 	$(BIN)/python -m benchmarks.identify --json benchmarks/results/cpu/identify.json
 	$(BIN)/python -m pytest benchmarks/ops --benchmark-columns=median,iqr --benchmark-sort=name

@@ -122,8 +122,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def count_flops(step: Callable[[], Any]) -> int:
-    """The floating-point operations of a step: its matrix products and its attention, by torch's counter."""
+def count_flops(step: Callable[[], Any], *, attention: bool = True) -> int:
+    """The floating-point operations of a step: its matrix products and (unless left out) its attention."""
     # The counter knows neither the product that adds in place nor the CPU's attention.
     unknown_to_it = {
         torch.ops.aten.addmm_: _addmm_flops,
@@ -132,7 +132,8 @@ def count_flops(step: Callable[[], Any]) -> int:
     }
     with FlopCounterMode(display=False, custom_mapping=unknown_to_it) as counter:
         step()
-    return counter.get_total_flops()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(number for op, number in counts.items() if attention or "attention" not in str(op))
 
 
 def _addmm_flops(total, left, right, *args, **kwargs) -> int:

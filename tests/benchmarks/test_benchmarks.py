@@ -97,7 +97,7 @@ def test_count_overhead_rows(count_rows):
 
 
 def test_train_step_rows(train_rows):
-    assert set(train_rows) == {"floor", "ours", "ours-recompute", "full", "ffn", "masked", "clone-scatter", "lora"}
+    assert set(train_rows) == set(train_step.PEERS)
     check_times(train_rows, "floor")
     for row in train_rows.values():
         assert SIZE.items() <= row["settings"].items()
@@ -127,6 +127,9 @@ def test_flops_are_those_of_the_arithmetic(train_rows):
         "ours": ours,
         # Gate and up again, except in the first layer, where the k columns are kept.
         "ours-recompute": ours + 2 * (LAYERS - 1) * 2 * PROJECTION,
+        # All of the layers above the first again, but for their down projection.
+        "ours-checkpoint": ours + (LAYERS - 1) * (2 * ATTENTION + 2 * 2 * PROJECTION + attention_forward),
+        "ours-tune": ours,
     }
     assert {name: train_rows[name]["flops_per_token"] for name in expected} == expected
 

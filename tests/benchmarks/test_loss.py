@@ -29,7 +29,9 @@ def test_rows(tmp_path, dtype):
         assert peak["transformers"] > 5 * logits
     # A chunk of logits, in bf16 also in fp32; the gradient; and a few numbers per row.
     chunk = 256 * VOCABULARY * (4 if dtype == "float32" else 2 + 4)
-    assert chunk < peak["ours-256"] < chunk + TOKENS * (3 * HIDDEN + 20) * 4
+    # What oneDNN reorders for its 16-bit products.
+    scratch = 2**16 if dtype == "bfloat16" else 0
+    assert chunk < peak["ours-256"] < chunk + TOKENS * (3 * HIDDEN + 20) * 4 + scratch
     assert peak["ours-256"] < peak["ours-512"] < peak["ours-1024"] == peak["ours-2048"]
 
 
