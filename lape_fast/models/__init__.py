@@ -1,6 +1,6 @@
 """Models: where each architecture keeps its FFN, and how models are loaded and told apart."""
 
-from lape_fast.models.dense import FFN
+from lape_fast.models.dense import FFN, refuse_new_forward
 from lape_fast.models.experts import ExpertFFN
 from lape_fast.models.ffn import check_neurons, check_size, check_unshared, dense_ffns, find_ffns, replaced
 from lape_fast.models.head import without_logits
@@ -30,6 +30,7 @@ __all__ = [
     "model_identity",
     "named_dtype",
     "quantisation_of",
+    "refuse_new_forward",
     "replaced",
     "supports_packing",
     "tokenizer_hash",

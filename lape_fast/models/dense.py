@@ -16,6 +16,28 @@ _LOAD_OTHERWISE = (
 )
 
 
+class Absorbed(nn.Identity):
+    """Stands where a norm was that a replaced FFN computes itself."""
+
+    def __call__(self, *arguments, **options):
+        refuse_new_forward(self, "A norm that a replaced FFN computes itself")
+        return super().__call__(*arguments, **options)
+
+
+def refuse_new_forward(module: nn.Module, what: str) -> None:
+    """For the ``__call__`` of a module that must not be made to compute something else.
+
+    Raises:
+        ArchitectureError: it was; the hooks of accelerate, which only go around it, are welcome.
+    """
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        raise ArchitectureError(
+            f"{what} was given another forward, as Liger's use_liger_kernel does, which goes around it; apply such "
+            "kernels to the model before its FFNs are replaced, or switch them off for FFN and norms "
+            "(liger_kernel_config={'swiglu': False, 'rms_norm': False})."
+        )
+
+
 class FFN:
     """The feed-forward network of one layer: its projections, its weights in one orientation, and its place.
 
@@ -181,7 +203,9 @@ class FFN:
                     f"The FFN of layer {self.layer} is already replaced: {path} now holds "
                     f"{type(self.decoder_layer.get_submodule(path)).__name__}; restore it first."
                 )
-        installed = {path: nn.Identity() for path in originals} | {self._layout.replaced: module}
+        installed = {path: nn.Identity() for path in self._layout.identities} | {self._layout.replaced: module}
+        if self._layout.ffn_norm in originals:
+            installed[self._layout.ffn_norm] = Absorbed()
         self._put(installed)
         self._installed = installed
 

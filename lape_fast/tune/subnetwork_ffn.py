@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lape_fast.errors import AdapterError, ConfigError, TrainingError
-from lape_fast.models import FFN
+from lape_fast.models import FFN, refuse_new_forward
 from lape_fast.ops import slot_map
 from lape_fast.tune import subnetwork_function
 
@@ -105,6 +105,10 @@ class SubnetworkFFN(nn.Module):
         # A deep copy is made without __init__, and its optimizer must find it too.
         super().__setstate__(state)
         ATTACHED.add(self)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+        refuse_new_forward(self, "A subnetwork FFN")
+        return super().__call__(*arguments, **options)
 
     @property
     def parts(self) -> tuple[str, ...]:

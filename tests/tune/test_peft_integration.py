@@ -263,3 +263,15 @@ def test_the_trainer_saves_and_resumes_the_adapter_alone(tmp_path):
         each(**rows()).loss.backward()
         optimizer.step()
     assert all(torch.equal(left, right) for left, right in zip(masters(model), masters(loaded), strict=True))
+
+
+@pytest.mark.parametrize("off", [{"rms_norm": False}, {"swiglu": False}])
+def test_kernels_that_would_go_around_the_subnetwork_are_refused(off):
+    from transformers.integrations.liger import apply_liger_kernel
+
+    model = tuned()
+    # What the Trainer does under use_liger_kernel; the kernels themselves need a GPU.
+    apply_liger_kernel(model, off)
+    layer = model.get_base_model().model.layers[1]
+    with pytest.raises(ArchitectureError, match=r"another forward.*apply such kernels.*before.*'rms_norm': False"):
+        layer.mlp(layer.post_attention_layernorm(torch.randn(1, 3, 32)))
