@@ -263,9 +263,28 @@ def _speed_in_words(speed: dict[str, Any]) -> str:
     return f"{rate}{speed['seconds']:,.1f} s"
 
 
+def _memory_in_words(memory: dict[str, Any]) -> str:
+    predicted, measured = (_mebibytes(memory[name]) for name in ("predicted_bytes", "measured_bytes"))
+    return f"policy {memory['policy']}; {predicted} predicted, {measured} measured ({memory['measured']})"
+
+
+def _mebibytes(size: int | None) -> str:
+    return "none" if size is None else f"{size / 2**20:,.1f} MiB"
+
+
+def _neurons_in_words(neurons: Any) -> str:
+    # An adapter names them, a line per layer: thousands in a large model.
+    if not isinstance(neurons, list):
+        return _in_words(neurons)
+    sizes = [len(str(line).split()) for line in neurons]
+    return f"{sum(sizes):,} in {sum(map(bool, sizes)):,} of {len(sizes):,} layers"
+
+
 # How facts that are more than a value are told, and the values that this takes.
 WORDINGS = {
     "corpus": ({"spec", "lines", "text_column"}, _corpus_in_words),
+    "memory": ({"policy", "measured", "predicted_bytes", "measured_bytes"}, _memory_in_words),
+    "neurons": (set(), _neurons_in_words),
     "speed": ({"seconds", "tokens_per_s"}, _speed_in_words),
 }
 
@@ -277,4 +296,6 @@ def _in_words(value: Any) -> str:
         return ", ".join(map(_in_words, value))
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
         return value[:12]
+    if isinstance(value, float):
+        return f"{value:,.6g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lape_fast.cli import app, main
 from lape_fast.errors import StoppedError
 from lape_fast.identify import ActivationCounts, NeuronSet
-from lape_fast.terminal import print_ablation
+from lape_fast.terminal import print_ablation, print_facts
 from tests.report.samples import matrix_of
 from tests.tiny_models import save_tiny
 
@@ -430,6 +430,21 @@ def test_debug_shows_the_traceback(workplace, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lape-fast", "info", str(workplace / "missing.safetensors"), "--debug"])
     with pytest.raises(Exception, match="does not exist"):
         main()
+
+
+def test_facts_are_told_in_short(capsys):
+    memory = {"policy": "save", "measured": "allocated", "predicted_bytes": 3 * 2**20, "measured_bytes": None}
+    facts = {"seconds": 1.8844975150004757, "memory": memory, "neurons": ["1 5 7", "", "2"]}
+    print_facts("adapter", facts, as_json=False)
+    printed = capsys.readouterr().out
+    assert "1.8845 " in printed
+    assert "policy save; 3.0 MiB predicted, none measured" in printed
+    assert "4 in 2 of 3 layers" in printed
+
+
+def test_help_breaks_lines_at_the_width_of_the_terminal_only(monkeypatch):
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 200)
+    assert "The same command resumes an interrupted run." in run("identify", "--help")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -34,6 +35,11 @@ class _Commands(TyperGroup):
             raise StoppedError("Interrupted; the same command goes on from what is saved.") from error
 
 
+def _paragraphs(docstring: str) -> str:
+    """A docstring with one line a paragraph, for typer to break at the terminal's width and not at ours."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(docstring).split("\n\n"))
+
+
 app = typer.Typer(
     cls=_Commands,
     help="Find the feed-forward neurons of a language in a language model, and tune only those.",
@@ -59,7 +65,7 @@ COMMANDS = (
     tour.demo,
 )
 for command in COMMANDS:
-    app.command(command.__name__.replace("_", "-"))(command)
+    app.command(command.__name__.replace("_", "-"), help=_paragraphs(command.__doc__))(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -178,7 +178,8 @@ def check_fingerprint(config: Mapping[str, Any], found: str, what: str) -> None:
     if config["replaced_values_sha256"] != found:
         raise ArchitectureError(
             f"{what} was made for another base: the weights it replaces are not those it was trained from "
-            f"({config['base']['model']}); load the checkpoint it names, in the dtype it was trained in."
+            f"({config['base']['model']}); load the checkpoint it names, in the dtype and "
+            "quantisation it was trained in."
         )
 
 

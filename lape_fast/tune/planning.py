@@ -131,9 +131,23 @@ class Plan:
             f"{quantised}, {what['rows_per_pass']} rows of {what['context_length']:,} tokens at once."
         )
         if self.policy is None:
-            return f"{sentence} No policy fits into {self.gpu}; train fewer or shorter rows, or quantise the base."
-        where = f", which {'fits' if self.fits(self.policy) else 'does not fit'} into {self.gpu}" if self.gpu else ""
-        return f"{sentence} With policy {self.policy} the peak is {_gib(self.peak)} GiB{where}."
+            advice = self._advise_rows() or "Train shorter rows, or quantise the base."
+            return f"{sentence} No policy fits into {self.gpu}. {advice}"
+        fits = self.fits(self.policy)
+        where = f", which {'fits' if fits else 'does not fit'} into {self.gpu}" if self.gpu else ""
+        advice = f" {self._advise_rows()}" if fits is False else ""
+        return f"{sentence} With policy {self.policy} the peak is {_gib(self.peak)} GiB{where}.{advice}".rstrip()
+
+    def _advise_rows(self) -> str:
+        """The fastest policy that fits with fewer rows at once, and how many; nothing where none does."""
+        step = self.training["rows_per_step"]
+        for policy in [self.policy] if self.policy else self.policies:
+            most = min(self.largest_rows[self.gpu][policy], self.training["rows_per_pass"] - 1)
+            # A step is so many whole passes.
+            rows = next((rows for rows in range(most, 0, -1) if step % rows == 0), 0)
+            if rows:
+                return f"Policy {policy} fits with rows_per_pass={rows}, and trains the same to rounding."
+        return ""
 
     def __str__(self) -> str:
         return "\n\n".join([self.summary(), *(_aligned([headers, *rows]) for headers, rows in self.tables())])

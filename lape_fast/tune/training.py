@@ -172,7 +172,8 @@ def train(
         description: of the progress bar.
 
     Returns:
-        ``steps``, ``seconds``, ``tokens_per_second``, ``train_loss`` and the ``log`` (a dict per logged step).
+        ``steps``, ``seconds``, ``tokens_per_second``, ``train_loss`` and the ``log`` (a dict per logged step); with
+        validation text also ``best_step``, whose values the model has, and its ``validation_loss``.
 
     Raises:
         TrainingError: the folder holds a run with other settings, or a gradient is not finite.
@@ -209,12 +210,15 @@ def train(
         raise StoppedError(
             f"Interrupted after step {trainer.state.global_step} of {steps}; the same command goes on from there."
         )
+    state = trainer.state
+    best = {"best_step": state.best_global_step, "validation_loss": state.best_metric} if validation else {}
     return {
-        "steps": trainer.state.global_step,
+        "steps": state.global_step,
         "seconds": seconds,
-        "tokens_per_second": trainer.state.global_step * tokens_per_step / seconds,
+        "tokens_per_second": state.global_step * tokens_per_step / seconds,
         "train_loss": result.training_loss,
-        "log": [_with_epoch(entry, settings.rows_per_step / len(rows)) for entry in trainer.state.log_history],
+        **best,
+        "log": [_with_epoch(entry, settings.rows_per_step / len(rows)) for entry in state.log_history],
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -149,6 +150,22 @@ def test_more_rows_are_never_planned_with_less_than_they_take():
     assert list(budget.largest_rows[budget.gpu].values()) == sorted(budget.largest_rows[budget.gpu].values())
 
 
+def test_fewer_rows_at_once_are_recommended_where_all_of_a_step_do_not_fit():
+    model = tiny_model("llama", layers=3)
+    step = 6
+    # As large as 4 rows take, of which no step of 6 can be made.
+    usable = planned(model, rows_per_step=4).policies["checkpoint"].peak + 1
+    tight = planned(model, rows_per_step=step, gpu=usable / GIB)
+    assert tight.policy is None
+    advised = re.search(r"Policy (\w+) fits with rows_per_pass=(\d+)", tight.summary())
+    policy, rows = advised[1], int(advised[2])
+    assert step % rows == 0
+    assert planned(model, rows_per_step=step, rows_per_pass=rows, gpu=usable / GIB).fits(policy)
+    asked = planned(model, rows_per_step=step, gpu=usable / GIB, policy="checkpoint")
+    assert "does not fit" in asked.summary()
+    assert "Policy checkpoint fits with rows_per_pass=3" in asked.summary()
+
+
 def test_the_fastest_policy_that_fits_is_recommended():
     model = tiny_model("llama", layers=4)
     sizes = [5, 0, 7, 7]
@@ -166,6 +183,7 @@ def test_the_fastest_policy_that_fits_is_recommended():
     assert none.policy is None
     assert none.peak is None
     assert "No policy fits" in str(none)
+    assert "rows_per_pass" not in none.summary()
     asked = planned(model, sizes, gpu=(peaks["recompute"] + 1) / GIB, policy="save")
     assert asked.policy == "save"
     assert "does not fit" in str(asked)

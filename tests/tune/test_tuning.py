@@ -151,6 +151,8 @@ def test_the_best_values_on_validation_text_are_kept(base, tmp_path):
     _, report = tune_language(model, tokenizer, training, choice, tmp_path / "adapter", settings, validation)
     measured = [entry["eval_loss"] for entry in report["log"] if "eval_loss" in entry]
     assert min(measured) < measured[-1]
+    assert report["validation_loss"] == min(measured)
+    assert report["best_step"] == 2 * (1 + measured.index(min(measured)))
     rows = pack_documents(model, tokenizer, list(validation.documents("mlt_Latn")), 32)
     with torch.no_grad():
         losses = [_loss(model, rows[row]) for row in range(len(rows))]
