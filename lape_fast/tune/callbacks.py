@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from lape_fast.errors import TrainingError
 from lape_fast.identify.distributed import World
-from lape_fast.progress import Advance
+from lape_fast.progress import Advance, log
 
 if TYPE_CHECKING:
     from lape_fast.tune.training import Rows
@@ -23,10 +23,23 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Progress(TrainerCallback):
-    """Moves a progress bar by a step."""
+    """Moves a progress bar by a step; where there is no terminal, a line tells of every measurement and checkpoint."""
 
     def __init__(self, advance: Advance, tokens_per_step: int):
         self._advance, self._tokens_per_step = advance, tokens_per_step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:
+            log(f"Going on from step {state.global_step} of {state.max_steps}.")
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        log(f"Step {state.global_step} of {state.max_steps}: validation loss {metrics['eval_loss']:.4f}.")
+
+    def on_save(self, args, state, control, **kwargs):
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        log(
+            f"Saved at step {state.global_step} of {state.max_steps}" + (f": loss {losses[-1]:.4f}." if losses else ".")
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         self._advance(1, self._tokens_per_step)

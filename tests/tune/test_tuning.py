@@ -97,7 +97,7 @@ def test_a_merged_model_is_a_plain_hugging_face_model(base, corpus, tmp_path):
     assert moved == {f"model.layers.{n}.mlp.{p}_proj.weight" for n in (0, 1) for p in ("gate", "up", "down")}
 
 
-def test_an_interrupted_run_resumes_to_the_same_values(base, corpus, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_values(base, corpus, tmp_path, monkeypatch, capfd):
     undisturbed, _, _ = tuned(base, corpus, tmp_path / "straight")
     expected = load_file(tmp_path / "straight" / "adapter_model.safetensors")
 
@@ -113,7 +113,9 @@ def test_an_interrupted_run_resumes_to_the_same_values(base, corpus, tmp_path, m
         tuned(base, corpus, tmp_path / "resumed")
     assert not (tmp_path / "resumed").exists()
     assert (tmp_path / "resumed.checkpoints" / "checkpoint-4").is_dir()
+    assert "Saved at step 4 of 6: loss " in capfd.readouterr().err
     tuned(base, corpus, tmp_path / "resumed")
+    assert "Going on from step 4 of 6." in capfd.readouterr().err
     actual = load_file(tmp_path / "resumed" / "adapter_model.safetensors")
     assert expected.keys() == actual.keys()
     for name, values in expected.items():
