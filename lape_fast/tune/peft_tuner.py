@@ -174,6 +174,8 @@ class SubnetworkLayer(SubnetworkFFN, BaseTunerLayer):
         self.make_resident()
         self.merged_adapters = [name]
         self._hold_what_counts()
+        # Masters may have been written in ways that leave no trace.
+        self.synchronize()
 
     def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> str | None:
         """The adapter that ``merge`` would merge, if any.
@@ -275,7 +277,7 @@ class SubnetworkTuner(BaseTuner):
                 "to the tokenizer."
             )
         identity, what = model_identity(model), f"The adapter {adapter_name!r}"
-        if config.base:
+        if config.base is not None:
             check_base(config.base, identity, what)
         config.check_size(identity)
         earlier = [(parameter, parameter.requires_grad) for parameter in _trained(model)]

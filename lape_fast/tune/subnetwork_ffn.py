@@ -179,7 +179,7 @@ class SubnetworkFFN(nn.Module):
         """Rounds the held masters into the base weight.
 
         Every torch optimizer's step does this by itself, and so does a forward pass after anything that leaves a
-        trace: masters that were exchanged, or written by any operation but a fused optimizer's.
+        trace: masters that were exchanged, or written by any operation but a fused optimizer's or one on ``.data``.
         """
         if self.held is not None:
             self._write(self.held, self.masters())
@@ -284,6 +284,20 @@ class SubnetworkFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
         return subnetwork_function.compute(self, x)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetworkFFN:
+        # What .to(), .half() and .cuda() call. Masters stay as wide as masters are, with all their bits.
+        before = {id(master): master.data for name in self.selections for master in self.masters(name).values()}
+        base = self.ffn.dtype
+        super()._apply(fn, recurse)
+        dtype = master_dtype(self.ffn.dtype)
+        for name in self.selections:
+            for master in self.masters(name).values():
+                if master.dtype != dtype and id(master) in before:
+                    _set_values(master, before[id(master)].to(master.device, dtype))
+        if self.ffn.dtype != base:
+            self.synchronize()
+        return self
+
     @torch.no_grad()
     def _write(self, name: str, values: dict[str, Tensor]) -> None:
         """Writes ``[K, D]`` values into the base weight's rows and columns, rounded to its dtype."""
@@ -351,6 +365,13 @@ def _take_loaded(layer: SubnetworkFFN, keys: Any) -> None:
             if (master.device, master.dtype) != tuple(place.values()):
                 master.data = master.data.to(**place)
     layer.synchronize_if_changed()
+
+
+def _set_values(master: nn.Parameter, values: Tensor) -> None:
+    """Exchanges a master's storage for values of another dtype, and its gradient's with it."""
+    grad, master.grad = master.grad, None
+    master.data = values
+    master.grad = None if grad is None else grad.to(values.dtype)
 
 
 def whole(tensor: Tensor) -> Tensor:
