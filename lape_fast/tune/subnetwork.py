@@ -59,7 +59,7 @@ class Subnetwork:
         return {layer: neurons for layer, neurons in chosen.items() if len(neurons)}
 
     def synchronize(self) -> None:
-        """Makes the base weights hold the trained values, after a write to a master's ``.data``, which leaves no trace."""
+        """Makes the base weights hold the trained values after writes to ``.data`` of masters, which leave no trace."""
         for layer in self.layers:
             layer.synchronize()
 
