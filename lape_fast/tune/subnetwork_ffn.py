@@ -405,18 +405,3 @@ def check_writable(ffn: FFN) -> None:
             f"The base is quantised or sharded (in layer {ffn.layer}), so trained values cannot be written into it; "
             "`lape-fast merge --model BASE --adapter ADAPTER --output FOLDER` writes them into a 16-bit copy."
         )
-
-
-def check_one(names: str | list[str]) -> str | None:
-    """The one language of a list that may hold one or none.
-
-    Raises:
-        AdapterError: it holds several.
-    """
-    names = [names] if isinstance(names, str) else list(names)
-    if len(names) > 1:
-        raise AdapterError(
-            f"A subnetwork FFN computes with the values of one language at a time, but {', '.join(names)} were asked "
-            "for; combine them into one adapter with add_weighted_adapter."
-        )
-    return names[0] if names else None
