@@ -28,6 +28,8 @@ CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 REQUIRED = {"peft_type", "language", "base", "neurons", "replaced_values_sha256"}
+# Of the base, what is compared and what is named where it differs.
+BASE_FACTS = {"config_hash", "model", "model_type", "layers", "neurons_per_layer"}
 
 
 def write_adapter(subnetwork: Subnetwork, folder: Path, config: Mapping[str, Any]) -> None:
@@ -124,7 +126,7 @@ def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:
             f"{folder} is not an adapter folder: it has no {CONFIG_NAME}; name the folder tune wrote."
         )
     config = read_json(path)
-    if not isinstance(config, dict) or not config.keys() >= REQUIRED:
+    if not isinstance(config, dict) or not config.keys() >= REQUIRED or not isinstance(config["neurons"], list):
         raise FileFormatError(f"{path} is not the configuration of a lape_fast adapter; name the folder tune wrote.")
     return config
 
@@ -159,7 +161,10 @@ def check_base(made_for: Mapping[str, Any], identity: Mapping[str, Any], what: s
 
     Raises:
         ArchitectureError: it has another.
+        FileFormatError: the adapter does not say which.
     """
+    if not isinstance(made_for, Mapping) or not made_for.keys() >= BASE_FACTS:
+        raise FileFormatError(f"{what} does not describe its base but says {made_for!r:.60}; copy the adapter again.")
     if made_for["config_hash"] != identity["config_hash"]:
         raise ArchitectureError(
             f"{what} was made for {made_for['model']} ({made_for['model_type']}, {made_for['layers']} layers of "

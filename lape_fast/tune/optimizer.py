@@ -87,6 +87,10 @@ class IndexedAdamW(Optimizer):
             raise ConfigError("IndexedAdamW has one parameter group, that of its parts; give it all parts at once.")
         super().add_param_group(param_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What a deep copy is made of; torch knows its own attributes only.
+        return {**super().__getstate__(), "_parts": self._parts, "max_grad_norm": self.max_grad_norm}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:

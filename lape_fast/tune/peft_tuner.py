@@ -39,7 +39,7 @@ from lape_fast.tune.subnetwork import (
     installed_layers,
     uninstall,
 )
-from lape_fast.tune.subnetwork_ffn import PARTS, SubnetworkFFN, check_one, check_writable
+from lape_fast.tune.subnetwork_ffn import PARTS, SubnetworkFFN, check_writable
 
 NAME, PREFIX = "subnetwork", "trained_"
 
@@ -159,7 +159,7 @@ class SubnetworkLayer(SubnetworkFFN, BaseTunerLayer):
         self.merged_adapters = []
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        check_one(adapter_names)
+        _check_one(adapter_names)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self._hold_what_counts()
 
@@ -174,6 +174,8 @@ class SubnetworkLayer(SubnetworkFFN, BaseTunerLayer):
         self.make_resident()
         self.merged_adapters = [name]
         self._hold_what_counts()
+        # Masters may have been written in ways that leave no trace.
+        self.synchronize()
 
     def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> str | None:
         """The adapter that ``merge`` would merge, if any.
@@ -181,7 +183,7 @@ class SubnetworkLayer(SubnetworkFFN, BaseTunerLayer):
         Raises:
             AdapterError: it is unknown, one of several, another is merged, or (safe_merge) its values are not finite.
         """
-        name = check_one(self.active_adapters if adapter_names is None else adapter_names)
+        name = _check_one(self.active_adapters if adapter_names is None else adapter_names)
         if name is None:
             return None
         if name not in self.selections:
@@ -210,7 +212,7 @@ class SubnetworkLayer(SubnetworkFFN, BaseTunerLayer):
 
     def _hold_what_counts(self) -> None:
         """Holds the merged adapter, else the active one; none of them while adapters are disabled."""
-        name = check_one(self.merged_adapters or self.active_adapters)
+        name = _check_one(self.merged_adapters or self.active_adapters)
         self.hold(name if name in self.selections and not self._disable_adapters else None)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -275,7 +277,7 @@ class SubnetworkTuner(BaseTuner):
                 "to the tokenizer."
             )
         identity, what = model_identity(model), f"The adapter {adapter_name!r}"
-        if config.base:
+        if config.base is not None:
             check_base(config.base, identity, what)
         config.check_size(identity)
         earlier = [(parameter, parameter.requires_grad) for parameter in _trained(model)]
@@ -360,6 +362,21 @@ class SubnetworkTuner(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The layer has given the model its own modules back.
         pass
+
+
+def _check_one(names: str | list[str]) -> str | None:
+    """The one language of a list that may hold one or none.
+
+    Raises:
+        AdapterError: it holds several.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if len(names) > 1:
+        raise AdapterError(
+            f"A subnetwork FFN computes with the values of one language at a time, but {', '.join(names)} were asked "
+            "for; combine them into one adapter with add_weighted_adapter."
+        )
+    return names[0] if names else None
 
 
 def _trained(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:

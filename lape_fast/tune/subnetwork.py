@@ -59,7 +59,7 @@ class Subnetwork:
         return {layer: neurons for layer, neurons in chosen.items() if len(neurons)}
 
     def synchronize(self) -> None:
-        """Makes the base weights hold the trained values, after masters were changed by anything but an optimizer."""
+        """Makes the base weights hold the trained values after writes to ``.data`` of masters, which leave no trace."""
         for layer in self.layers:
             layer.synchronize()
 
@@ -243,6 +243,8 @@ def combine(layers: Sequence[SubnetworkFFN], weights: Mapping[str, float], name:
 def uninstall(layer: SubnetworkFFN, keep: str | None) -> None:
     """Gives a layer its own modules back, with the values of a language or its original ones."""
     layer.hold(keep)
+    # Masters may have been written in ways that leave no trace.
+    layer.synchronize()
     # Forgotten without a switch, which would take the values out again.
     layer.held = None
     layer.set_policy("save")

@@ -183,7 +183,7 @@ class SubnetworkFFN(nn.Module):
         """Rounds the held masters into the base weight.
 
         Every torch optimizer's step does this by itself, and so does a forward pass after anything that leaves a
-        trace: masters that were exchanged, or written by any operation but a fused optimizer's.
+        trace: masters that were exchanged, or written by any operation but a fused optimizer's or one on ``.data``.
         """
         if self.held is not None:
             self._write(self.held, self.masters())
@@ -288,6 +288,20 @@ class SubnetworkFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
         return subnetwork_function.compute(self, x)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetworkFFN:
+        # What .to(), .half() and .cuda() call. Masters stay as wide as masters are, with all their bits.
+        before = {id(master): master.data for name in self.selections for master in self.masters(name).values()}
+        base = self.ffn.dtype
+        super()._apply(fn, recurse)
+        dtype = master_dtype(self.ffn.dtype)
+        for name in self.selections:
+            for master in self.masters(name).values():
+                if master.dtype != dtype and id(master) in before:
+                    _set_values(master, before[id(master)].to(master.device, dtype))
+        if self.ffn.dtype != base:
+            self.synchronize()
+        return self
+
     @torch.no_grad()
     def _write(self, name: str, values: dict[str, Tensor]) -> None:
         """Writes ``[K, D]`` values into the base weight's rows and columns, rounded to its dtype."""
@@ -357,6 +371,13 @@ def _take_loaded(layer: SubnetworkFFN, keys: Any) -> None:
     layer.synchronize_if_changed()
 
 
+def _set_values(master: nn.Parameter, values: Tensor) -> None:
+    """Exchanges a master's storage for values of another dtype, and its gradient's with it."""
+    grad, master.grad = master.grad, None
+    master.data = values
+    master.grad = None if grad is None else grad.to(values.dtype)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that processes may share, in full; all of them must ask for it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -388,18 +409,3 @@ def check_writable(ffn: FFN) -> None:
             f"The base is quantised or sharded (in layer {ffn.layer}), so trained values cannot be written into it; "
             "`lape-fast merge --model BASE --adapter ADAPTER --output FOLDER` writes them into a 16-bit copy."
         )
-
-
-def check_one(names: str | list[str]) -> str | None:
-    """The one language of a list that may hold one or none.
-
-    Raises:
-        AdapterError: it holds several.
-    """
-    names = [names] if isinstance(names, str) else list(names)
-    if len(names) > 1:
-        raise AdapterError(
-            f"A subnetwork FFN computes with the values of one language at a time, but {', '.join(names)} were asked "
-            "for; combine them into one adapter with add_weighted_adapter."
-        )
-    return names[0] if names else None

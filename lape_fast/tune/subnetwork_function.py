@@ -10,6 +10,8 @@ gradient, as in the lowest trained layer, one node reads k columns and forms no 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,15 +58,16 @@ class _Call:
         self.layer, self.state = layer, (layer.held, layer.writes[layer.held])
         self.spent = False
         self.grad_y: Tensor | None = None
-        device = device_type(x)
-        self._autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        self.device = device_type(x)
+        self._autocast = (torch.get_autocast_dtype(self.device), torch.is_autocast_enabled(self.device))
 
     def as_in_forward(self):
         """The forward pass's mixed precision, for what backward computes a second time."""
-        device, dtype, enabled = self._autocast
-        return torch.autocast(device, dtype=dtype, enabled=enabled)
+        dtype, enabled = self._autocast
+        return torch.autocast(self.device, dtype=dtype, enabled=enabled)
 
     def check_unchanged(self) -> None:
+        self.layer.synchronize_if_changed()
         if self.state != (self.layer.held, self.layer.writes[self.layer.held]):
             raise TrainingError(
                 f"The weights of layer {self.layer.ffn.layer} were changed between its forward and its backward pass; "
@@ -81,6 +84,18 @@ class _Call:
         self.spent = True
 
 
+def _outside_autocast(backward: Callable) -> Callable:
+    """A backward pass that may run inside autocast: its products have their operands' dtypes all the same."""
+
+    @torch.autograd.function.once_differentiable
+    @functools.wraps(backward)
+    def outside(ctx, grad: Tensor):
+        with torch.autocast(ctx.call.device, enabled=False):
+            return backward(ctx, grad)
+
+    return outside
+
+
 class _GatedProjection(torch.autograd.Function):
     """x -> h."""
 
@@ -92,7 +107,7 @@ class _GatedProjection(torch.autograd.Function):
         return _hidden(call.layer, gate, up)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_outside_autocast
     def backward(ctx, grad_h):
         call: _Call = ctx.call
         layer, (grad_y, call.grad_y) = call.layer, (call.grad_y, None)
@@ -123,7 +138,7 @@ class _DownProjection(torch.autograd.Function):
         return _output(call.layer, h)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_outside_autocast
     def backward(ctx, grad_y):
         call: _Call = ctx.call
         call.check_unchanged()
@@ -149,7 +164,7 @@ class _LowestFFN(torch.autograd.Function):
         return _output(layer, _hidden(layer, gate, up))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_outside_autocast
     def backward(ctx, grad_y):
         call: _Call = ctx.call
         layer, neurons = call.layer, call.layer.neurons()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from benchmarks.measure import LiveBytes
 from lape_fast.errors import ConfigError
 from lape_fast.ops.backend import EXTENSION_LOADED
-from lape_fast.tune import IndexedAdamW, Part
+from lape_fast.tune import IndexedAdamW, Part, attach_subnetwork
+from tests.tiny_models import tiny_model
 
 HEIGHT, WIDTH, SIZES = 37, 53, (5, 0, 11)
 
@@ -113,6 +114,26 @@ def test_its_own_state_survives_a_file(tmp_path):
     train(interrupted, second, range(3, 6))
     assert all(torch.equal(*pair) for pair in zip(interrupted.masters, whole.masters, strict=True))
     assert all(torch.equal(*pair) for pair in zip(interrupted.bases, whole.bases, strict=True))
+
+
+def test_a_deep_copy_of_model_and_optimizer_goes_on_by_itself():
+    model = tiny_model("llama")
+    optimizer = attach_subnetwork(model, [torch.tensor([3, 7]), torch.tensor([5])]).optimizer(lr=0.1)
+    batch = {"input_ids": torch.tensor([[3, 4, 5]]), "labels": torch.tensor([[3, 4, 5]])}
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            return model(**batch).loss
+
+    step(model, optimizer)
+    copied = copy.deepcopy((model, optimizer))
+    untouched = copy.deepcopy(model.state_dict())
+    loss = step(*copied)
+    assert all(torch.equal(value, untouched[name]) for name, value in model.state_dict().items())
+    assert torch.equal(step(model, optimizer), loss)
 
 
 def test_a_state_with_options_it_lacks_is_refused():

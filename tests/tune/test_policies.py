@@ -101,6 +101,26 @@ def test_mixed_precision_gives_gradients_as_good_as_dense_autograds(policy, stor
 
 
 @pytest.mark.parametrize("policy", ["save", "recompute", "checkpoint"])
+@pytest.mark.parametrize("storage", ["resident", "overlay"])
+def test_a_backward_pass_inside_autocast_is_that_of_the_forward_pass(policy, storage):
+    def gradients(enabled_in_forward, enabled_in_backward):
+        model = tiny_model("llama", layers=3).train()
+        subnetwork = attach_subnetwork(model, neurons_of(model), policy, storage=storage)
+        # The layer alone, for the model's other products follow autocast in backward.
+        x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        layer = subnetwork.layers[-1]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled_in_forward):
+            y = layer(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled_in_backward):
+            y.float().square().sum().backward()
+        return [x.grad, *(master.grad for master in layer.masters().values())]
+
+    for forward in (True, False):
+        for outside, inside in zip(gradients(forward, False), gradients(forward, True), strict=True):
+            assert torch.equal(outside, inside)
+
+
+@pytest.mark.parametrize("policy", ["save", "recompute", "checkpoint"])
 def test_a_compiled_model_gives_the_same_gradients(policy):
     model = tiny_model("llama", dtype=torch.float64, layers=3).train()
     attach_subnetwork(model, neurons_of(model), policy)

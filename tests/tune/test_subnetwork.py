@@ -276,6 +276,17 @@ def test_weights_changed_between_forward_and_backward_are_noticed(storage, fused
         loss.backward()
 
 
+@pytest.mark.parametrize("storage", ["resident", "overlay"])
+def test_masters_edited_between_forward_and_backward_are_noticed(storage):
+    model = tiny_model("llama")
+    subnetwork = attach_subnetwork(model, neurons_of(model, [2, 2]), storage=storage)
+    loss = model(**batch()).loss
+    with torch.no_grad():
+        subnetwork.parameters()[0].mul_(2)
+    with pytest.raises(TrainingError, match="between its forward and its backward"):
+        loss.backward()
+
+
 def test_a_reference_may_be_computed_between_forward_and_backward():
     model = tiny_model("llama", dtype=torch.bfloat16)
     subnetwork = attach_subnetwork(model, neurons_of(model, [2, 2]))
@@ -353,6 +364,41 @@ def test_a_deep_copy_of_an_attached_model_trains_by_itself():
     # The original was not touched.
     assert not torch.equal(gate_rows, original_rows)
     assert torch.equal(original.ffn.gate_weight[original.neurons()], original_rows)
+
+
+def test_values_written_without_a_trace_are_in_the_weights_that_are_kept():
+    model = tiny_model("llama")
+    neurons = neurons_of(model, [2, 2])
+    subnetwork = attach_subnetwork(model, neurons)
+    rows = subnetwork.parameters()[0]
+    rows.data.mul_(2)
+    subnetwork.detach(keep=True)
+    assert torch.equal(model.model.layers[0].mlp.gate_proj.weight[neurons[0]], rows)
+
+
+@pytest.mark.parametrize("storage", ["resident", "overlay"])
+@pytest.mark.parametrize("before, after", [("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float32")])
+def test_masters_keep_their_bits_when_the_model_changes_its_dtype(before, after, storage):
+    model = tiny_model("llama", dtype=getattr(torch, before))
+    subnetwork = attach_subnetwork(model, neurons_of(model, [2, 2]), storage=storage)
+    optimizer = subnetwork.optimizer(lr=1e-2)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    values = [parameter.detach().clone() for parameter in subnetwork.parameters()]
+    model.to(getattr(torch, after))
+    for parameter, value in zip(subnetwork.parameters(), values, strict=True):
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+        assert torch.equal(parameter, value)
+    # And training goes on, with weights that are the rounded masters.
+    for step in range(2):
+        if storage == "resident":
+            for layer in subnetwork.layers:
+                for part, master in layer.masters().items():
+                    assert torch.equal(layer.base_weight(part)[layer.neurons()], master.to(layer.ffn.dtype)), step
+        optimizer.zero_grad()
+        model(**batch()).loss.backward()
+        optimizer.step()
+    assert not torch.equal(subnetwork.parameters()[0], values[0])
 
 
 def test_a_mixture_of_experts_is_refused_and_left_as_it_was():

@@ -211,7 +211,19 @@ def test_broken_adapters_are_named(base, corpus, tmp_path):
     tensors.write_bytes(content[: len(content) // 2])
     with pytest.raises(FileFormatError, match="not a complete safetensors file"):
         load_adapter(model, tmp_path / "adapter")
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"language": "mlt_Latn"}))
+    tensors.write_bytes(content)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for field, value, match in (
+        ("neurons", None, "not the configuration"),
+        ("neurons", "1 5 7", "not the configuration"),
+        ("base", None, "does not describe its base"),
+        ("base", {"config_hash": "0"}, "does not describe its base"),
+    ):
+        path.write_text(json.dumps({**config, field: value}))
+        with pytest.raises(FileFormatError, match=match):
+            load_adapter(model, tmp_path / "adapter")
+    path.write_text(json.dumps({"language": "mlt_Latn"}))
     with pytest.raises(FileFormatError, match="not the configuration"):
         load_adapter(model, tmp_path / "adapter")
 
