@@ -89,6 +89,8 @@ class SubnetworkFFN(nn.Module):
         self.selections = nn.ModuleDict()
         for part in self.parts:
             setattr(self, part, nn.ParameterDict())
+        if storage not in get_args(Storage):
+            raise ConfigError(f"The storage {storage!r} is unknown; choose one of {', '.join(get_args(Storage))}.")
         self.overlay = storage == "overlay" or (storage == "auto" and not ffn.writable)
         # Whose values the block computes with, and how often each language's changed.
         self.held: str | None = None

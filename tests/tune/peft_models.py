@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from peft import get_peft_model
 
 from lape_fast.identify import NeuronSet
 from lape_fast.tune import SubnetworkConfig
 from lape_fast.tune.subnetwork import installed_layers
-from tests.tiny_models import VOCABULARY, tiny_model, tiny_neurons
+from tests.tiny_models import DENSE_TYPES, VOCABULARY, tiny_model, tiny_neurons
 
 # Their lowest layers differ; mlt and isl share neuron 5 of layer 1, mlt and eng neuron 2 of layer 2.
 NEURONS = {
@@ -23,6 +24,10 @@ LANGUAGES = tuple(NEURONS)
 # An architecture of each kind: gated, fused, transposed, no mlp module, activation outside, norms behind the FFN.
 KINDS = ("llama", "phi3", "gpt2", "opt", "gpt_neox", "gemma2")
 STORAGES = ("resident", "overlay")
+
+both_storages = pytest.mark.parametrize("storage", STORAGES)
+every_layout = pytest.mark.parametrize("model_type", DENSE_TYPES)
+every_kind = pytest.mark.parametrize("model_type", KINDS)
 
 # transformers' own property is deprecated, and PEFT reads it for every method.
 DEPRECATED = "ignore:.*(is_gradient_checkpointing|gradient_checkpointing_enable).*:FutureWarning"

@@ -17,14 +17,15 @@ from lape_fast.errors import AdapterError, ArchitectureError, ConfigError
 from lape_fast.models import find_ffns
 from lape_fast.tune import peft_tuner
 from lape_fast.tune.subnetwork import installed_layers
-from tests.tiny_models import DENSE_TYPES, save_tiny
+from tests.tiny_models import save_tiny
 from tests.tune.peft_models import (
     DEPRECATED,
-    KINDS,
     NEURONS,
-    STORAGES,
     base_model,
+    both_storages,
     config,
+    every_kind,
+    every_layout,
     logits,
     masters,
     modules,
@@ -37,10 +38,6 @@ from tests.tune.peft_models import (
 
 # No warning in normal use.
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings(DEPRECATED)]
-
-both_storages = pytest.mark.parametrize("storage", STORAGES)
-every_layout = pytest.mark.parametrize("model_type", DENSE_TYPES)
-every_kind = pytest.mark.parametrize("model_type", KINDS)
 
 
 @both_storages

@@ -24,14 +24,14 @@ from lape_fast.identify import count_activations
 from lape_fast.models import find_ffns, load_model, model_identity
 from lape_fast.text import open_corpus
 from lape_fast.tune import Subnetwork, load_adapter, write_adapter
-from tests.tiny_models import DENSE_TYPES, save_tiny, tiny_tokenizer
+from tests.tiny_models import save_tiny, tiny_tokenizer
 from tests.tune.peft_models import (
     DEPRECATED,
-    KINDS,
     LANGUAGES,
-    STORAGES,
     base_model,
     config,
+    every_kind,
+    every_layout,
     logits,
     masters,
     modules,
@@ -50,9 +50,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
 ]
 
-both_storages = pytest.mark.parametrize("storage", STORAGES)
-every_layout = pytest.mark.parametrize("model_type", DENSE_TYPES)
-every_kind = pytest.mark.parametrize("model_type", KINDS)
 
 MALTESE, ICELANDIC, ENGLISH = LANGUAGES
 

@@ -11,15 +11,15 @@ from peft import PeftModel, get_peft_model
 from lape_fast.errors import AdapterError, ArchitectureError
 from lape_fast.models import find_ffns
 from lape_fast.tune.subnetwork import installed_layers
-from tests.tiny_models import DENSE_TYPES
 from tests.tune.peft_models import (
     DEPRECATED,
-    KINDS,
     LANGUAGES,
     NEURONS,
-    STORAGES,
     base_model,
+    both_storages,
     config,
+    every_kind,
+    every_layout,
     logits,
     masters,
     modules,
@@ -33,9 +33,6 @@ from tests.tune.peft_models import (
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings(DEPRECATED)]
 
-both_storages = pytest.mark.parametrize("storage", STORAGES)
-every_layout = pytest.mark.parametrize("model_type", DENSE_TYPES)
-every_kind = pytest.mark.parametrize("model_type", KINDS)
 
 MALTESE, ICELANDIC, ENGLISH = LANGUAGES
 

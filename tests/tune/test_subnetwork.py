@@ -336,6 +336,8 @@ def test_an_unknown_policy_is_refused():
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="'offload' is unknown"):
         attach_subnetwork(model, neurons_of(model, [1, 1]), "offload")
+    with pytest.raises(ConfigError, match="'disk' is unknown"):
+        attach_subnetwork(tiny_model("llama"), neurons_of(model, [1, 1]), storage="disk")
 
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
