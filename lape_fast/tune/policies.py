@@ -24,13 +24,18 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def set_policies(layers: Sequence[SubnetworkFFN], policy: Policy) -> None:
-    """Sets a policy for all layers of a model, from the lowest up; the lowest trained one is not checkpointed.
-
-    Computing that layer a second time would bring nothing, for no gradient passes through it.
-    """
+    """Sets a policy for all layers of a model, from the lowest up."""
     lowest = next((layer for layer in layers if layer.held is not None and len(layer.neurons())), None)
     for layer in layers:
-        layer.set_policy("save" if policy == "checkpoint" and layer is lowest else policy)
+        layer.set_policy(policy_of_layer(policy, layer is lowest))
+
+
+def policy_of_layer(policy: Policy, lowest: bool) -> Policy:
+    """The policy of one layer: the lowest trained one is not checkpointed.
+
+    Computing it a second time would bring nothing, for no gradient passes through it.
+    """
+    return "save" if policy == "checkpoint" and lowest else policy
 
 
 def decide_at_first_step(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from lape_fast.errors import AdapterError, TrainingError
 from lape_fast.models import check_neurons, dense_ffns, model_identity
 from lape_fast.tune.norms import restore_norms, slim_norms
 from lape_fast.tune.optimizer import IndexedAdamW, Part
-from lape_fast.tune.policies import decide_at_first_step, set_policies
+from lape_fast.tune.policies import decide_at_first_step, policy_of_layer, set_policies
 from lape_fast.tune.subnetwork_ffn import ATTACHED, Policy, Storage, SubnetworkFFN
 
 DEFAULT_NAME = "default"
@@ -178,9 +178,7 @@ def install(
     earlier = list(next(iter(installed.values())).selections) if installed else []
     for ffn in ffns[trained[0] :]:
         if ffn.layer not in installed:
-            # Recomputing the lowest layer would bring nothing: no gradient passes through it.
-            lowest = policy == "checkpoint" and ffn.layer == trained[0]
-            layer = installed[ffn.layer] = kind(ffn, "save" if lowest else policy, storage)
+            layer = installed[ffn.layer] = kind(ffn, policy_of_layer(policy, ffn.layer == trained[0]), storage)
             ffn.replace(layer, with_norm=True)
             slim_norms(ffn.decoder_layer)
             for other in earlier:

@@ -136,10 +136,10 @@ class SubnetworkFFN(nn.Module):
             # A copy even where the dtype is the same: the original must not move with the master.
             master = nn.Parameter(rows.to(master_dtype(rows.dtype), copy=True))
             getattr(self, part)[name] = master
-            weight = self.base_weight(part)
-            if isinstance(weight, DTensor):
+            if not self.ffn.writable and not self.ffn.quantised:
                 # The model was sharded before this parameter was there, so nobody else reduces its gradient.
-                master.register_post_accumulate_grad_hook(functools.partial(average_gradient, weight.device_mesh))
+                mesh = self.base_weight(part).device_mesh
+                master.register_post_accumulate_grad_hook(functools.partial(average_gradient, mesh))
 
     def remove(self, name: str) -> None:
         """Forgets a language that is not held, if it is known."""
