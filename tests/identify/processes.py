@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 
+# What a process must not free before it ends, which it does without destructors: an error whose frames hold a DDP model
+# would free it after its process group is gone, and that may wait for ever.
+KEPT: list[Any] = []
+
 
 def start(function: Callable[[], Any], rank: int = 0, size: int = 1, port: int = 0):
     """Forks a process that runs ``function`` on one thread, and returns it with the pipe that its result comes by."""

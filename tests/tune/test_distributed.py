@@ -25,7 +25,7 @@ from lape_fast.models.layouts import layout_of
 from lape_fast.text import open_corpus
 from lape_fast.tune import TrainingSettings, attach_subnetwork, callbacks, load_adapter, tune_language, write_adapter
 from lape_fast.tune.training import last_checkpoint, pack_documents, train
-from tests.identify.processes import run_together
+from tests.identify.processes import KEPT, run_together
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from tests.tune.test_subnetwork import batch, neurons_of
 from tests.tune.test_trainers import LANGUAGE, NEURONS, TEXT, config, token_rows
@@ -62,6 +62,7 @@ def training(output, text=TEXT, validation=None, dtype=torch.float64, **options)
         try:
             report = train(peft_model, rows, output, settings, validation=held_out)
         except TrainingError as error:
+            KEPT.append(error)
             return None, None, str(error)
         masters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
         log = [entry["eval_loss"] for entry in report["log"] if "eval_loss" in entry]
@@ -312,6 +313,7 @@ def test_a_process_that_fails_is_one_sentence_in_the_others(tmp_path):
         callbacks.Interruption.on_step_begin = fail
         with pytest.raises(WorkerError if os.environ["RANK"] == "0" else OSError) as raised:
             training(tmp_path, steps=9, save_every=2)()
+        KEPT.append(raised)
         return str(raised.value)
 
     first, second = run_together(run, 2)
