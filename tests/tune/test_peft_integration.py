@@ -262,13 +262,14 @@ def test_the_trainer_saves_and_resumes_the_adapter_alone(tmp_path):
     assert all(torch.equal(left, right) for left, right in zip(masters(model), masters(loaded), strict=True))
 
 
-@pytest.mark.parametrize("off", [{"rms_norm": False}, {"swiglu": False}])
-def test_kernels_that_would_go_around_the_subnetwork_are_refused(off):
-    from transformers.integrations.liger import apply_liger_kernel
+def test_kernels_that_would_go_around_the_subnetwork_are_refused():
+    # What the Trainer's use_liger_kernel does to these instances; all of it would exchange classes for other tests too.
+    from liger_kernel.transformers.monkey_patch import _patch_rms_norm_module, _patch_swiglu_module
+    from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
 
-    model = tuned()
-    # What the Trainer does under use_liger_kernel; the kernels themselves need a GPU.
-    apply_liger_kernel(model, off)
-    layer = model.get_base_model().model.layers[1]
-    with pytest.raises(ArchitectureError, match=r"another forward.*apply such kernels.*before.*'rms_norm': False"):
-        layer.mlp(layer.post_attention_layernorm(torch.randn(1, 3, 32)))
+    lower, upper = tuned().get_base_model().model.layers[1:]
+    _patch_swiglu_module(lower.mlp, LigerSwiGLUMLP)
+    _patch_rms_norm_module(upper.post_attention_layernorm)
+    for module in (lower.mlp, upper.post_attention_layernorm):
+        with pytest.raises(ArchitectureError, match=r"another forward.*apply such kernels.*before.*'rms_norm': False"):
+            module(torch.randn(1, 3, 32))
