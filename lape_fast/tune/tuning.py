@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from lape_fast.errors import CorpusError
@@ -76,7 +75,7 @@ def tune_language(
     subnetwork = Subnetwork(model, peft_model.active_adapter)
     workspace = output.with_name(f"{output.name}.checkpoints")
     optimizer = subnetwork.optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    memory = _predicted_memory(model, subnetwork, settings)
+    memory = _predicted_memory(model, config, settings)
     with joined_world() as world, without_logits(model), measured_peak(model.device) as peak:
         report = train(
             peft_model.train(),
@@ -101,12 +100,11 @@ def tune_language(
     return subnetwork, report
 
 
-def _predicted_memory(model: nn.Module, subnetwork: Subnetwork, settings: TrainingSettings) -> Plan:
+def _predicted_memory(model: nn.Module, config: SubnetworkConfig, settings: TrainingSettings) -> Plan:
     """Planned before the run, so that a model that cannot be planned costs nothing."""
-    chosen = subnetwork.neurons()
     return plan(
         model,
-        [chosen.get(layer, torch.empty(0, dtype=torch.int64)) for layer in range(subnetwork.base["layers"])],
+        config.indices(),
         rows_per_step=settings.rows_per_step,
         rows_per_pass=settings.rows_and_passes(int(os.environ.get("WORLD_SIZE", "1")))[0],
         context_length=settings.context_length,
