@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.shapes import SIZES, Shape, build_model, choose_neurons
 from benchmarks.gpu.stage import NotMeasured, Stage
-from benchmarks.llama import share
-from benchmarks.train_step import dense_gradients, ffn_weights
 from lape_fast.models import find_ffns
 from lape_fast.ops import (
     ACTIVATIONS,
@@ -292,11 +290,18 @@ def toy_neurons(device: torch.device) -> list[Tensor]:
 
 def autograd_gradients(model: nn.Module, input_ids: Tensor, neurons: Sequence[Tensor]) -> list[Tensor]:
     """Of the selected rows and columns, out of the dense gradients of all FFN weights; the model stays as it was."""
-    own = copy.deepcopy(model)
-    for weight in ffn_weights(find_ffns(own)):
-        weight.requires_grad_(True)
-    own.train()(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
-    return dense_gradients(find_ffns(own), neurons)
+    own = copy.deepcopy(model).train()
+    ffns = find_ffns(own)
+    for ffn in ffns:
+        for projection in ffn.projections.values():
+            projection.weight.requires_grad_(True)
+    own(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+    selected = []
+    for ffn, chosen in zip(ffns, neurons, strict=True):
+        if len(chosen):
+            gate, up, down = (ffn.projections[name].weight.grad for name in ("gate", "up", "down"))
+            selected += [gate[chosen], up[chosen], down[:, chosen].T]
+    return selected
 
 
 def check_gradients(device: torch.device, truth: Callable[..., list[Tensor]] = autograd_gradients) -> None:
@@ -307,7 +312,7 @@ def check_gradients(device: torch.device, truth: Callable[..., list[Tensor]] = a
         torchs = autograd_gradients(base, input_ids, neurons)
         rights = truth(copy.deepcopy(base).double(), input_ids, neurons)
         for policy in POLICIES:
-            model = share(base, ffn_weights(find_ffns(base))).train()
+            model = copy.deepcopy(base).train()
             subnetwork = attach_subnetwork(model, neurons, policy)
             model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
             founds = [parameter.grad for parameter in subnetwork.parameters()]
