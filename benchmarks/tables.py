@@ -1,7 +1,7 @@
 """Writes the tables of README.md out of the files in benchmarks/results, between lines that name them.
 
-    python -m benchmarks.tables            write them
-    python -m benchmarks.tables --check    fail if README.md says anything else than the files
+python -m benchmarks.tables            write them
+python -m benchmarks.tables --check    fail if README.md says anything else than the files
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import STAGES
 from benchmarks.gpu.goals import GOALS, worst_values
 from lape_fast.files import read_json, write_text
 
@@ -99,8 +100,8 @@ def gpu_results(results: Path) -> list[tuple[dict[str, Any], list[dict[str, Any]
     """Of each GPU: the facts of its machine, and the rows of all stages, at the models' true sizes."""
     found = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir() and path.name != "cpu"):
-        stages = [read_json(path) for path in sorted(folder.glob("*.json"))]
-        stages = [stage for stage in stages if stage["settings"]["size"] == "true"]
+        paths = [folder / f"{name}.json" for name in STAGES]
+        stages = [stage for stage in map(read_json, filter(Path.exists, paths)) if stage["settings"]["size"] == "true"]
         if stages:
             found.append((stages[-1]["machine"], [row for stage in stages for row in stage["rows"]]))
     return found

@@ -28,13 +28,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import STAGES
 from benchmarks.gpu.shapes import SIZES, load_masks
 from benchmarks.gpu.stage import ROOT, Stage, code_hash, describe, write_line
 from benchmarks.measure import machine_facts
 from lape_fast.files import file_hash
-
-# The stages in their order; each is the module of its name, with run(stage, options).
-STAGES = ("correctness", "kernels", "identification", "training", "memory")
 
 LIBRARIES = ("triton", "transformers", "peft", "bitsandbytes", "torchao", "liger-kernel", "safetensors")
 
