@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.stage == "all":
         # Each in a process of its own: an error that spoils the device's context ends with its stage.
         command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--stage"]
-        return max([subprocess.run([*command, name], cwd=ROOT).returncode for name in available()])
+        return max([subprocess.run([*command, name]).returncode for name in available()])
     device = torch.device(options.device)
     stage = Stage(
         options.stage,
