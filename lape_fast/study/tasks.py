@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from lape_fast.errors import ConfigError
 from lape_fast.progress import progress_bar
-from lape_fast.study.results import BASE, TaskResults, TaskRow
 from lape_fast.study.suites import SUITES, NamedTask, expand_tasks, own_task
+from lape_fast.study.task_results import BASE, TaskResults, TaskRow
 from lape_fast.tune import load_adapter
 
 # Resamplings of the documents behind the standard error of a score that is no mean over them.
@@ -91,7 +91,7 @@ def evaluate_tasks(
         FileFormatError, ArchitectureError: an adapter cannot be attached to the model.
 
     Example:
-        >>> results = evaluate_tasks(model, tokenizer, ["belebele", "arc"], ["deu_Latn"], adapters=["adapters/deu_Latn"])
+        >>> results = evaluate_tasks(model, tokenizer, ["belebele", "arc"], ["de"], adapters=["adapters/deu_Latn"])
         >>> results.save("tasks.json")
     """
     named = expand_tasks(tasks, languages)
@@ -181,7 +181,6 @@ def _load_task(manager, name: str, num_fewshot: int | None) -> Any:
         # A task that sets 0 itself has no examples to show.
         if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot") != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(FEWSHOT_SEED)
     return loaded
 
 
@@ -190,6 +189,8 @@ def _measure(harness_model, loaded: Any, limit: int | None) -> Outcome:
         return loaded
     from lm_eval import evaluator
 
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(FEWSHOT_SEED)
     try:
         found = evaluator.evaluate(harness_model, loaded, limit=limit, bootstrap_iters=0)
         return _measures(found, loaded)
