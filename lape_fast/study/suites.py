@@ -66,7 +66,8 @@ ENGLISH = "eng_Latn"
 
 # Suite -> language -> the names of its tasks.
 SUITES: dict[str, dict[str, tuple[str, ...]]] = {
-    "belebele": {code: (f"belebele_{code}",) for code in BELEBELE},
+    # Galician is another team's.
+    "belebele": {code: (f"belebele_{code}",) for code in (*BELEBELE, "glg_Latn")},
     "sib200": {code: (f"sib200_{code}",) for code in (*FLORES_200, "nqo_Nkoo")},
     "global_mmlu": {canonical(code): (f"global_mmlu_full_{code}",) for code in GLOBAL_MMLU.split()},
     "arc": {

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -25,11 +26,11 @@ from lape_fast.study.suites import NamedTask, own_task
 from lape_fast.tune import SubnetworkConfig, load_adapter, write_adapter
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
+WORDS = ["mat", "cats", "Katze", "кошка", "tapit", "yes", "qattus"]
+DRAW = random.Random(0)
 QUESTIONS = [
-    {"question": f"{start} {number}", "choices": [f"{number} mat", "the other cats", "Katze", "кошка"], "answer": gold}
-    for number, (start, gold) in enumerate(
-        zip(["The cat sat on", "Die Katze saß auf", "Il-qattus"] * 8, [0, 1, 2, 3] * 6, strict=True)
-    )
+    {"question": f"The cat {number} sat on", "choices": DRAW.sample(WORDS, 4), "answer": DRAW.randrange(4)}
+    for number in range(24)
 ]
 SOURCES = [f"The cat number {number} sat on the mat." for number in range(12)]
 NEW_TOKENS = 24
@@ -78,10 +79,10 @@ def adapters(tmp_path_factory, model):
         folder.mkdir()
         config = SubnetworkConfig(neurons=[torch.arange(0, 40), torch.arange(8, 48)], language=language)
         subnetwork = config.attach(model)
-        random = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in subnetwork.parameters():
-                parameter.add_(scale * torch.randn(parameter.shape, generator=random) / math.sqrt(32))
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator) / math.sqrt(32))
         write_adapter(subnetwork, folder, config.to_dict())
         subnetwork.detach(keep=False)
         folders.append(folder)
@@ -249,16 +250,14 @@ def test_the_base_is_what_it_was_and_gives_the_same_again(model, adapters, folde
 
 def test_examples_in_the_prompt_are_the_same_for_every_model(model, adapters, folder):
     shown = []
-    for_each = model.register_forward_pre_hook(
-        lambda _, __, inputs: shown.append(inputs["input_ids"]), with_kwargs=True
-    )
-    plain = model.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]) if inputs else None)
-    try:
-        options = {"include_path": folder, "num_fewshot": 1, "limit": 3}
-        found = evaluate_tasks(model, tiny_tokenizer(), ["letters"], adapters=adapters[:1], **options)
-    finally:
-        for_each.remove()
-        plain.remove()
+
+    def note(_, arguments, named):
+        shown.append(named["input_ids"] if "input_ids" in named else arguments[0])
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    options = {"include_path": folder, "num_fewshot": 1, "limit": 3}
+    found = evaluate_tasks(model, tiny_tokenizer(), ["letters"], adapters=adapters[:1], **options)
+    hook.remove()
     half = len(shown) // 2
     assert half and all(torch.equal(one, other) for one, other in zip(shown[:half], shown[half:], strict=True))
     assert max(ids.shape[1] for ids in shown) > 60
@@ -300,7 +299,7 @@ def test_suites_expand_to_tasks_in_languages():
         expand_tasks(["arc"], ["tr"])
     with pytest.raises(LanguageError, match="global_mmlu has no task in arz_Arab.*arb_Arab"):
         expand_tasks(["global_mmlu"], ["arz_Arab"])
-    with pytest.raises(ConfigError, match="belebele has tasks in 122 languages"):
+    with pytest.raises(ConfigError, match="belebele has tasks in 123 languages"):
         expand_tasks(["belebele"])
     with pytest.raises(ConfigError, match="No task was named"):
         expand_tasks([])
@@ -325,7 +324,7 @@ def test_every_task_of_a_suite_exists_and_no_language_is_left_out():
         listed = {name for names in SUITES[suite].values() for name in names if re.fullmatch(pattern, name)}
         assert listed == {name for name in index if re.fullmatch(pattern, name)}
     assert {suite: len(languages) for suite, languages in SUITES.items()} == {
-        "belebele": 122,
+        "belebele": 123,
         "sib200": 205,
         "global_mmlu": 42,
         "arc": 37,
