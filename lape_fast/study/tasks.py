@@ -281,16 +281,16 @@ def _reason(error: Exception) -> str:
 REASONS = (
     (
         {"OutOfMemoryError"},
-        "The memory of the device does not suffice; choose a smaller batch size or a smaller model ({said})",
+        "The memory of the device does not suffice; choose a smaller batch size or a smaller model ({said}).",
     ),
     (
         {"GatedRepoError"},
-        "The data are given only to those who accept their terms; do so on the hub, then `hf auth login` ({said})",
+        "The data are given only to those who accept their terms; do so on the hub, then `hf auth login` ({said}).",
     ),
     (
         {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "NetworkError", "TransportError"},
         "The data are not in the cache and cannot be downloaded here; run the task once where there is a network and "
-        "copy that cache (HF_HOME) ({said})",
+        "copy that cache (HF_HOME) ({said}).",
     ),
 )
 

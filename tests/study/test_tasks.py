@@ -239,6 +239,18 @@ def test_a_task_that_fails_is_a_row_of_each_model(adapters, results):
     assert {row.task for row in results.failed} == {"broken", "nothing_like_it"}
 
 
+def test_running_out_of_memory_is_a_row_and_the_next_task_is_measured(model, folder):
+    def exhaust(*_):
+        hook.remove()
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    hook = model.register_forward_pre_hook(exhaust)
+    found = evaluate_tasks(model, tiny_tokenizer(), ["letters", "some_of_them"], include_path=folder)
+    (failed,) = found.failed
+    assert failed.task == "letters" and "smaller batch size" in failed.why and "9 GiB" in failed.why
+    assert found.find("some_of_them", "acc").n == 7
+
+
 def test_the_base_is_what_it_was_and_gives_the_same_again(model, adapters, folder, results):
     values = {name: value.clone() for name, value in model.state_dict().items()}
     again = evaluate_tasks(model, tiny_tokenizer(), ["letters", "translate"], include_path=folder, batch_size=4)
