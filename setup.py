@@ -30,6 +30,7 @@ EXTRAS = {
     "quantise": ["bitsandbytes>=0.50", "torchao>=0.18"],
     "trl": ["trl>=1.16"],
     "liger": ["liger-kernel>=0.8"],
+    "evaluate": ["lm_eval>=0.4.13", "sacrebleu>=2.6"],
 }
 TEST_REQUIREMENTS = ["ninja", "pybind11", "pytest", "pytest-benchmark", "pytest-timeout", "ruff"]
 

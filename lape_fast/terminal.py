@@ -171,8 +171,14 @@ def print_counts(path: Any, summary: dict[str, Any], as_json: bool) -> None:
         Console().print(f"{len(stability) - len(pending)} languages are stable{names}.", highlight=False)
 
 
-def print_scores(columns: dict, as_json: bool) -> None:
-    """Prints the scores of each language, one column per model: the base first, then what came of it."""
+def print_scores(columns: dict, as_json: bool, tasks=None) -> None:
+    """Prints the scores of each language, one column per model: the base first, then what came of it.
+
+    Args:
+        columns: model -> language -> score; may be empty.
+        as_json: whether a machine reads it.
+        tasks: ``TaskResults``, printed after them.
+    """
     measured = {
         name: {
             language: {"bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity, **vars(score)}
@@ -181,24 +187,50 @@ def print_scores(columns: dict, as_json: bool) -> None:
         for name, scores in columns.items()
     }
     if as_json:
-        print_json(measured)
+        print_json(measured | ({} if tasks is None else {"tasks": tasks.to_json()}))
         return
-    if len(columns) > 2:
+    if measured:
+        _print_score_table(measured)
+    if tasks is not None:
+        _print_tasks(tasks)
+
+
+def _print_score_table(measured: dict) -> None:
+    if len(measured) > 2:
         # Side by side, the change stands behind each value.
-        table = new_table("language", *columns)
+        table = new_table("language", *measured)
         for language in measured["base"]:
             base, *values = (scores[language]["bits_per_byte"] for scores in measured.values())
             table.add_row(language, f"{base:.4f}", *(f"{value:.4f} ({value - base:+.4f})" for value in values))
         _print_whole(table)
         Console().print("Bits per byte, and in brackets how they differ from the base.")
         return
-    table = new_table("language", *(f"{name}: bits per byte" for name in columns), "change", "perplexity")
+    table = new_table("language", *(f"{name}: bits per byte" for name in measured), "change", "perplexity")
     for language in measured["base"]:
         values = [scores[language]["bits_per_byte"] for scores in measured.values()]
         last = list(measured.values())[-1][language]
         change = f"{values[-1] - values[0]:+.4f}" if len(values) > 1 else ""
         table.add_row(language, *(f"{value:.4f}" for value in values), change, f"{last['perplexity']:.2f}")
     _print_whole(table)
+
+
+def _print_tasks(results) -> None:
+    table = new_table("task", "metric", "model", "score", "±", "n", "change", "±", words=("metric", "model"))
+    for row in results.rows:
+        if row.why is None:
+            scores = (_figure(row.value), _figure(row.stderr), f"{row.n:,}")
+            table.add_row(
+                row.task, row.metric, row.adapter, *scores, _signed(row.difference), _figure(row.difference_stderr)
+            )
+    if table.row_count:
+        _print_whole(table)
+        Console().print("±: standard error over documents; of a change, paired by document.")
+    for row in results.failed:
+        Console().print(f"Failed: {row.task} ({row.adapter}). {row.why}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def print_ablation(matrix, as_json: bool) -> None:

@@ -66,7 +66,8 @@ def test_importing_the_package_is_light_and_touches_no_device():
         "import sys, lape_fast, lape_fast.identify, lape_fast.tune, lape_fast.study, lape_fast.text, lape_fast.ops\n"
         "import torch\n"
         "assert not torch.cuda.is_initialized()\n"
-        "print([name for name in ('datasets', 'babel', 'matplotlib', 'transformers.trainer', 'triton', 'peft') "
+        "print([name for name in ('datasets', 'babel', 'matplotlib', 'transformers.trainer', 'triton', 'peft', "
+        "'lm_eval', 'sacrebleu') "
         "if name in sys.modules])"
     )
     assert run(code).strip() == "[]"

@@ -112,6 +112,23 @@ Neurons = Annotated[Path, typer.Option("--neurons", help="Neuron file, as writte
 Adapters = Annotated[
     list[Path], typer.Option("--adapter", help="Adapter folder of any method, as written by tune; repeatable.")
 ]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        help="Comma-separated tasks of lm-evaluation-harness, by its names or by suite: belebele, sib200, global_mmlu, "
+        "arc, hellaswag, flores (in each of --languages).",
+    ),
+]
+TaskFolder = Annotated[
+    Path | None,
+    typer.Option("--task-folder", help="Folder with more tasks in the harness's YAML; Python that they name is run."),
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only so many documents of each task.")]
+Fewshot = Annotated[
+    int | None, typer.Option("--num-fewshot", min=0, help="Solved examples in a task's prompt (default: the task's).")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts of tasks per forward pass.")]
 Config = Annotated[
     Path | None,
     typer.Option("--config", callback=_read_config, is_eager=True, help="YAML file of options; flags override it."),

@@ -10,21 +10,27 @@ import typer
 from lape_fast.cli.options import (
     DEFAULT_CORPUS,
     Adapters,
+    BatchSize,
     BatchTokens,
     Config,
     ContextLength,
     CorpusSpec,
     Device,
     Dtype,
+    Fewshot,
     Json,
     Languages,
+    Limit,
     Lines,
     Model,
     Neurons,
     Quantise,
+    TaskFolder,
+    Tasks,
     TextColumn,
     load,
     open_text,
+    split_codes,
 )
 from lape_fast.errors import ConfigError
 from lape_fast.terminal import print_ablation, print_scores
@@ -32,38 +38,53 @@ from lape_fast.terminal import print_ablation, print_scores
 
 def evaluate(
     model: Model,
-    corpus: CorpusSpec = DEFAULT_CORPUS,
+    corpus: CorpusSpec = [],  # noqa: B006
     adapter: Adapters = [],  # noqa: B006
     lines: Lines = None,
     languages: Languages = None,
     text_column: TextColumn = None,
     context_length: ContextLength = 512,
     batch_tokens: BatchTokens = 8192,
+    tasks: Tasks = None,
+    task_folder: TaskFolder = None,
+    limit: Limit = None,
+    num_fewshot: Fewshot = None,
+    batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     quantise: Quantise = None,
     device: Device = None,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Measure bits per byte and perplexity of each language; with adapters, before and after each of them.
+    """Measure bits per byte and perplexity of each language, or tasks, or both; with adapters, before and after each.
 
-    The base is loaded once, whatever methods the adapters are of.
+    The base is loaded once, whatever methods the adapters are of. The text is the built-in one, unless --corpus names
+    another; with --tasks, text is measured only if --corpus names some.
 
     Example: lape-fast evaluate --model meta-llama/Llama-3.1-8B --adapter adapters/mlt_Latn --corpus texts/
-    --lines 1798-1997
+    --lines 1798-1997 --tasks belebele,flores --languages mlt_Latn
     """
-    from lape_fast.study import prepare_text, score
+    from lape_fast.study import evaluate_tasks, expand_tasks, prepare_text, score
     from lape_fast.tune import load_adapter
 
-    opened = open_text(corpus, lines, languages, text_column)
+    codes, names = split_codes(languages), split_codes(tasks)
+    if names:
+        # What is misspelt is told before a model is loaded.
+        expand_tasks(names, codes)
+    opened = open_text(corpus or DEFAULT_CORPUS, lines, languages, text_column) if corpus or not names else None
     loaded, tokenizer = load(model, dtype, device, quantise=quantise)
-    text = prepare_text(loaded, tokenizer, opened, context_length=context_length, batch_tokens=batch_tokens)
-    columns = {"base": score(loaded, text, "evaluating the base")}
-    for folder, name in zip(adapter, _names(adapter), strict=True):
-        loaded_adapter = load_adapter(loaded, folder)
-        columns[name] = score(loaded, text, f"evaluating {name}")
-        loaded_adapter.detach(keep=False)
-    print_scores(columns, as_json)
+    results, columns = None, {}
+    if names:
+        counts = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
+        results = evaluate_tasks(loaded, tokenizer, names, codes, adapters=adapter, include_path=task_folder, **counts)
+    if opened is not None:
+        text = prepare_text(loaded, tokenizer, opened, context_length=context_length, batch_tokens=batch_tokens)
+        columns = {"base": score(loaded, text, "evaluating the base")}
+        for folder, name in zip(adapter, _names(adapter), strict=True):
+            loaded_adapter = load_adapter(loaded, folder)
+            columns[name] = score(loaded, text, f"evaluating {name}")
+            loaded_adapter.detach(keep=False)
+    print_scores(columns, as_json, results)
 
 
 def ablate(

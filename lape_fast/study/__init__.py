@@ -10,15 +10,23 @@ from lape_fast.study.evaluate import (
     score,
 )
 from lape_fast.study.matrix import AblationMatrix
+from lape_fast.study.suites import SUITES, expand_tasks
+from lape_fast.study.task_results import TaskResults, TaskRow
+from lape_fast.study.tasks import evaluate_tasks
 
 __all__ = [
     "AblationMatrix",
     "EvaluationText",
     "LanguageScore",
+    "SUITES",
+    "TaskResults",
+    "TaskRow",
     "ablate_neurons",
     "ablate_to_file",
     "bits_per_byte",
     "evaluate_languages",
+    "evaluate_tasks",
+    "expand_tasks",
     "prepare_text",
     "score",
     "silenced",
