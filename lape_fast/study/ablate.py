@@ -16,7 +16,7 @@ from lape_fast.files import read_tensors, write_tensors
 from lape_fast.identify import NeuronSet
 from lape_fast.identify.checkpoints import differences
 from lape_fast.identify.counts import canonical_or_same, find_language
-from lape_fast.models import check_neurons, find_ffns, model_identity
+from lape_fast.models import FFN, ExpertFFN, check_neurons, find_ffns, model_identity
 from lape_fast.progress import progress_bar
 from lape_fast.study.evaluate import EvaluationText, score_nats
 from lape_fast.study.matrix import AblationMatrix
@@ -43,13 +43,22 @@ def silenced(model: nn.Module, neurons: Sequence[Tensor]) -> Iterator[None]:
     """
     ffns = find_ffns(model)
     check_neurons(ffns, neurons)
+    with outgoing_scaled(ffns, neurons, 0.0):
+        yield
+
+
+@contextlib.contextmanager
+def outgoing_scaled(
+    ffns: Sequence[FFN] | Sequence[ExpertFFN], neurons: Sequence[Tensor], scale: float
+) -> Iterator[None]:
+    """Within the context the neurons' columns of the down projections are ``scale`` times what they are."""
     kept = []
     try:
         for ffn, chosen in zip(ffns, neurons, strict=True):
             chosen = chosen.to(ffn.down_weight.device)
             values = ffn.outgoing(chosen)
             kept.append((ffn, chosen, values))
-            ffn.set_outgoing(chosen, torch.zeros_like(values))
+            ffn.set_outgoing(chosen, values * scale)
         yield
     finally:
         for ffn, chosen, values in kept:
