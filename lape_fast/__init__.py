@@ -41,13 +41,17 @@ _PUBLIC = {
     ),
     "tune": (
         "IndexedAdamW",
+        "Method",
         "Subnetwork",
         "SubnetworkConfig",
         "TrainingSettings",
+        "TuningConfig",
         "attach_subnetwork",
         "load_adapter",
         "merge_adapter",
+        "parse_method",
         "plan",
+        "read_dynamics",
         "tune_language",
     ),
     "study": (

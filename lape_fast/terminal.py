@@ -183,12 +183,15 @@ def print_scores(columns: dict, as_json: bool) -> None:
     if as_json:
         print_json(measured)
         return
-    table = new_table("language", *(f"{name}: bits per byte" for name in columns), "change", "perplexity")
+    several = len(columns) > 2
+    changes = [f"{name}: change" for name in list(columns)[1:]] if several else ["change", "perplexity"]
+    table = new_table("language", *(f"{name}: bits per byte" for name in columns), *changes)
     for language in measured["base"]:
-        values = [scores[language]["bits_per_byte"] for scores in measured.values()]
-        last = list(measured.values())[-1][language]
-        change = f"{values[-1] - values[0]:+.4f}" if len(values) > 1 else ""
-        table.add_row(language, *(f"{value:.4f}" for value in values), change, f"{last['perplexity']:.2f}")
+        base, *values = [scores[language]["bits_per_byte"] for scores in measured.values()]
+        cells = [f"{value - base:+.4f}" for value in values] or [""]
+        if not several:
+            cells.append(f"{list(measured.values())[-1][language]['perplexity']:.2f}")
+        table.add_row(language, *(f"{value:.4f}" for value in (base, *values)), *cells)
     _print_whole(table)
 
 

@@ -62,25 +62,48 @@ class Checkpoint:
         Raises:
             ArchitectureError: the checkpoint has no such weight or neuron, or stores it quantised.
         """
+        if neurons is None:
+            return as_rows(self.layout, projection, self.read_whole(layer, projection))
         name = self._name(layer, projection)
         with open_safetensors(self._files[name]) as file:
             stored = file.get_slice(name)
             shape = stored.get_shape()
             axis = neuron_axis(self.layout, projection)
-            parts = 2 if self.layout.fused and projection != "down" else 1
-            width = shape[axis] // parts
-            first = width if parts == 2 and projection == "up" else 0
-            if neurons is None:
-                chosen = torch.arange(first, first + width)
-            else:
-                chosen = torch.as_tensor(neurons, dtype=torch.int64)
-                if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < width:
-                    raise ArchitectureError(
-                        f"{name} of {self.folder} has {width} neurons, but {int(chosen.max())} was asked for; name the "
-                        "model that the adapter was made for."
-                    )
-                chosen = chosen + first
+            width = shape[axis] // _parts(self.layout, projection)
+            chosen = torch.as_tensor(neurons, dtype=torch.int64)
+            if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < width:
+                raise ArchitectureError(
+                    f"{name} of {self.folder} has {width} neurons, but {int(chosen.max())} was asked for; name the "
+                    "model that the adapter was made for."
+                )
+            if projection == "up" and self.layout.fused:
+                chosen = chosen + width
             values = _rows(stored, chosen) if axis == 0 else _columns(stored, chosen, shape[0])
+        return self._plain(name, values)
+
+    def read_whole(self, layer: int, projection: str) -> Tensor:
+        """The stored weight that a projection is in: GPT-2's is ``[inputs, outputs]``, a fused one holds gate and up."""
+        return self.read_tensor(self._name(layer, projection))
+
+    def read_tensor(self, name: str) -> Tensor:
+        """A weight as it is stored, by the name that it has in the model.
+
+        Raises:
+            ArchitectureError: the checkpoint has no such weight, or stores it quantised.
+        """
+        # A model may hold its decoder under one more name than its files do, or one less.
+        found = [each for each in self._files if name == each or f".{name}".endswith(f".{each}")] or [
+            each for each in self._files if each.endswith(f".{name}")
+        ]
+        if len(found) != 1:
+            raise ArchitectureError(
+                f"{self.folder} has {len(found)} weights named {name} where one is needed; name the model that the "
+                "adapter was made for."
+            )
+        with open_safetensors(self._files[found[0]]) as file:
+            return self._plain(name, file.get_tensor(found[0]))
+
+    def _plain(self, name: str, values: Tensor) -> Tensor:
         if values.dtype not in WEIGHT_DTYPES:
             raise ArchitectureError(
                 f"{name} of {self.folder} is stored as {values.dtype}, so it is quantised; name the model in 16 or 32 "
@@ -104,6 +127,18 @@ class Checkpoint:
 def neuron_axis(layout: DenseLayout, projection: str) -> int:
     """Along which dimension of its stored weight the neurons of a projection lie."""
     return int((projection == "down") != layout.transposed)
+
+
+def as_rows(layout: DenseLayout, projection: str, weight: Tensor) -> Tensor:
+    """A projection's weight as it is stored, with its neurons as rows: ``[F, D]``, a view."""
+    rows = weight.T if neuron_axis(layout, projection) else weight
+    width = len(rows) // _parts(layout, projection)
+    return rows[width:] if projection == "up" and layout.fused else rows[:width]
+
+
+def _parts(layout: DenseLayout, projection: str) -> int:
+    """How many projections share the weight of one."""
+    return 2 if layout.fused and projection != "down" else 1
 
 
 def _rows(stored, chosen: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Reporting what was found: figures, and one self-contained page."""
 
+from lape_fast.report.dynamics import training_dynamics
 from lape_fast.report.figures import (
     ablation_heatmap,
     figure_svg,
@@ -25,4 +26,5 @@ __all__ = [
     "neurons_per_language",
     "render_report",
     "save_figure",
+    "training_dynamics",
 ]

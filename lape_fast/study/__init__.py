@@ -2,7 +2,14 @@
 
 from lape_fast.study.ablate import ablate_neurons, ablate_to_file, silenced
 from lape_fast.study.alignment import Alignment, align_languages, linear_cka
-from lape_fast.study.evaluate import EvaluationText, LanguageScore, evaluate_languages, prepare_text, score
+from lape_fast.study.evaluate import (
+    EvaluationText,
+    LanguageScore,
+    bits_per_byte,
+    evaluate_languages,
+    prepare_text,
+    score,
+)
 from lape_fast.study.language_identifier import LanguageIdentifier, train_identifier
 from lape_fast.study.matrix import AblationMatrix
 from lape_fast.study.steer import Steering, force_language, mean_activations, steered
@@ -19,6 +26,7 @@ __all__ = [
     "ablate_neurons",
     "ablate_to_file",
     "align_languages",
+    "bits_per_byte",
     "effective_rank",
     "evaluate_languages",
     "force_language",

@@ -17,16 +17,11 @@ import torch
 from torch import Tensor
 
 from lape_fast.errors import ArchitectureError, ConfigError, FileFormatError
-from lape_fast.files import open_safetensors, read_json, read_safetensors
-from lape_fast.models.checkpoint import PROJECTIONS, Checkpoint
-from lape_fast.tune.adapter import (
-    CONFIG_NAME,
-    PREFIX,
-    TENSORS_NAME,
-    check_fingerprint,
-    decode_neurons,
-    read_adapter_config,
-)
+from lape_fast.files import open_safetensors, read_safetensors
+from lape_fast.models.checkpoint import PROJECTIONS, Checkpoint, as_rows
+from lape_fast.tune import dense
+from lape_fast.tune.adapter import PREFIX, TENSORS_NAME, check_fingerprint, decode_neurons
+from lape_fast.tune.loading import adapter_kind, describe_adapter
 from lape_fast.tune.subnetwork_ffn import PARTS
 
 # A layer's number and one of PROJECTIONS.
@@ -77,21 +72,18 @@ def open_changes(folder: str | os.PathLike, base: str | os.PathLike | None = Non
         >>> changes = open_changes("adapters/mlt_Latn")
         >>> {place: changes.read(place).delta.norm() for place in changes.places}
     """
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        raise FileFormatError(f"{folder} is not an adapter folder: it has no {CONFIG_NAME}; name one that tune wrote.")
-    config = read_json(path)
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    config = describe_adapter(folder)
+    kind = adapter_kind(folder)
+    kind = str(config["peft_type"]).lower() if kind == "peft" else kind
     if kind not in KINDS:
         raise FileFormatError(
             f"{folder} is an adapter of the kind {kind!r}, whose changes cannot be read; the kinds are "
             f"{', '.join(KINDS)}."
         )
-    name_of_base, open_kind = KINDS[kind]
-    name = base or name_of_base(config)
+    name = base or (config.get("base") or {}).get("model") or config.get("base_model_name_or_path")
     if not name:
         raise ConfigError(f"{folder} does not name the model it was trained on; give it as --model.")
-    changes = open_kind(Path(folder), config, Checkpoint(name))
+    changes = KINDS[kind](Path(folder), config, Checkpoint(name))
     if not changes.places:
         raise FileFormatError(f"{folder} changes no projection of an FFN, so there is nothing to measure.")
     return changes
@@ -99,7 +91,6 @@ def open_changes(folder: str | os.PathLike, base: str | os.PathLike | None = Non
 
 def _open_subnetwork(folder: Path, config: dict[str, Any], base: Checkpoint) -> AdapterChanges:
     """Trained values of chosen rows. All of them are read at once: they are a small share of the model."""
-    config = read_adapter_config(folder)
     neurons = decode_neurons(config["neurons"])
     trained = {}
     for name, values in read_safetensors(folder / TENSORS_NAME).items():
@@ -128,35 +119,85 @@ def _open_subnetwork(folder: Path, config: dict[str, Any], base: Checkpoint) -> 
     return AdapterChanges(places, changes.__getitem__)
 
 
+def _open_dense(folder: Path, config: dict[str, Any], base: Checkpoint) -> AdapterChanges:
+    """Whole trained weights by name: of all neurons. The base is read once to make sure that it is the right one."""
+    if "replaced_values_sha256" not in config:
+        raise FileFormatError(f"{folder / dense.CONFIG_NAME} does not say what was replaced; copy the adapter again.")
+    path = folder / dense.TENSORS_NAME
+    digest = hashlib.sha256()
+    weights = {}
+    with open_safetensors(path) as file:
+        for name in sorted(file.keys()):
+            # As tune.dense.fingerprint.
+            old = base.read_tensor(name).to(file.get_tensor(name).dtype)
+            digest.update(f"{name}{list(old.shape)}{old.dtype}".encode())
+            digest.update(old.flatten().view(torch.uint8).numpy())
+            if name.endswith(".weight"):
+                weights.update(dict.fromkeys(_places_of(base, name.removesuffix(".weight")), name))
+    check_fingerprint(config, digest.hexdigest(), f"The adapter {folder}")
+
+    def read(place: Place) -> Change:
+        layer, projection = place
+        with open_safetensors(path) as file:
+            new = as_rows(base.layout, projection, file.get_tensor(weights[place]))
+        old = base.read(layer, projection).to(new.dtype)
+        return Change(torch.arange(len(old)), old, new.double() - old.double())
+
+    return AdapterChanges(_ordered(weights), read)
+
+
 def _open_lora(folder: Path, config: dict[str, Any], base: Checkpoint) -> AdapterChanges:
     """Two low-rank factors for every neuron: the change is B A times alpha / r, or alpha / sqrt(r) (rsLoRA)."""
     unknown = [name for name in ("use_dora", "alpha_pattern", "lora_bias") if config.get(name)]
     if unknown:
         raise FileFormatError(f"{folder} is a LoRA with {', '.join(unknown)}, which cannot be read; give a plain LoRA.")
+
+    def change(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        rank = len(down)
+        return (config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)) * up @ down
+
+    return _open_factors(folder, base, (".lora_A.weight", ".lora_B.weight"), change)
+
+
+def _open_ia3(folder: Path, config: dict[str, Any], base: Checkpoint) -> AdapterChanges:
+    """A factor for each output of a projection, or each input: the change is the weight times the factor less one."""
+    return _open_factors(folder, base, (".ia3_l",), lambda weight, factor: weight * (factor - 1))
+
+
+def _open_factors(
+    folder: Path, base: Checkpoint, names: tuple[str, ...], change: Callable[..., Tensor]
+) -> AdapterChanges:
+    """An adapter of PEFT, of which a few small tensors decide how a weight changes.
+
+    Args:
+        names: what the tensors of a module are called behind its path.
+        change: makes of the weight and of them the weight's change, both ``[outputs, inputs]``.
+    """
     modules = {}
     with open_safetensors(folder / TENSORS_NAME) as file:
         for name in file.keys():  # noqa: SIM118
-            if name.endswith(".lora_A.weight"):
-                module = name.removesuffix(".lora_A.weight")
+            if name.endswith(names[0]):
+                module = name.removesuffix(names[0])
                 modules.update(dict.fromkeys(_places_of(base, module), module))
 
     def read(place: Place) -> Change:
         layer, projection = place
         with open_safetensors(folder / TENSORS_NAME) as file:
-            down, up = (file.get_tensor(f"{modules[place]}.lora_{part}.weight").double() for part in "AB")
-        rank = len(down)
-        scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-        delta = scale * up @ down  # [outputs, inputs]
-        if projection == "down":
-            delta = delta.T
-        if base.layout.fused and projection != "down":
-            delta = delta.chunk(2)[projection == "up"]
-        old = base.read(layer, projection)
-        if delta.shape != old.shape:
+            factors = [file.get_tensor(f"{modules[place]}{name}").double() for name in names]
+        stored = base.read_whole(layer, projection).double()
+        weight = stored.T if base.layout.transposed else stored  # [outputs, inputs]
+        try:
+            delta = change(weight, *factors)
+            fits = delta.shape == weight.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
             raise ArchitectureError(
-                f"{folder} changes {projection} of layer {layer} as {list(delta.shape)}, but {base.folder} has "
-                f"{list(old.shape)}; name the base it was trained on."
+                f"{folder} changes {projection} of layer {layer} by {[list(each.shape) for each in factors]}, which do "
+                f"not fit the {list(weight.shape)} in {base.folder}; name the base it was trained on."
             )
+        delta = delta.T if base.layout.transposed else delta
+        old, delta = (as_rows(base.layout, projection, each) for each in (stored, delta))
         return Change(torch.arange(len(old)), old, delta)
 
     return AdapterChanges(_ordered(modules), read)
@@ -177,8 +218,10 @@ def _ordered(places: dict[Place, Any]) -> tuple[Place, ...]:
     return tuple(sorted(places, key=lambda place: (place[0], PROJECTIONS.index(place[1]))))
 
 
-# peft_type -> the name of the base in a configuration, and what opens an adapter.
-KINDS: dict[str, tuple[Callable[[dict], str | None], Callable[[Path, dict, Checkpoint], AdapterChanges]]] = {
-    "SUBNETWORK": (lambda config: (config.get("base") or {}).get("model"), _open_subnetwork),
-    "LORA": (lambda config: config.get("base_model_name_or_path"), _open_lora),
+# The kinds of adapters: our own, and PEFT's by the name that it has in their configuration.
+KINDS: dict[str, Callable[[Path, dict[str, Any], Checkpoint], AdapterChanges]] = {
+    "subnetwork": _open_subnetwork,
+    "dense": _open_dense,
+    "lora": _open_lora,
+    "ia3": _open_ia3,
 }

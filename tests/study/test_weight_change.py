@@ -17,7 +17,17 @@ from lape_fast.models.checkpoint import Checkpoint
 from lape_fast.study import WeightChange, effective_rank, measure_weight_change
 from lape_fast.study.adapter_changes import Change
 from lape_fast.study.weight_change import QUANTILES, compare_changes, describe_change
-from lape_fast.tune import SubnetworkConfig, attach_subnetwork, load_adapter, write_adapter
+from lape_fast.text import open_corpus
+from lape_fast.tune import (
+    SubnetworkConfig,
+    TrainingSettings,
+    TuningConfig,
+    attach_subnetwork,
+    load_adapter,
+    merge_adapter,
+    tune_language,
+    write_adapter,
+)
 from tests.tiny_models import DENSE_TYPES, save_tiny, tiny_model
 
 PROJECTIONS = {"gate": "gate_weight", "up": "up_weight", "down": "down_weight"}
@@ -138,6 +148,56 @@ def test_the_change_of_a_lora_is_that_of_the_merged_model(tmp_path, model_type, 
         assert each.neurons == 48 and 1 < each.effective_rank <= 3 + 1e-9
 
 
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2"])
+@pytest.mark.parametrize("method", ["full", "ia3:targets=gate+down", "lora:rank=2"])
+def test_the_change_of_every_method_is_that_of_the_tuned_model(tmp_path, method, model_type):
+    base = save_tiny(tmp_path / "base", model_type)
+    before, tokenizer = load_model(base, device="cpu")
+    (tmp_path / "mlt_Latn.txt").write_text("Il-qattus qagħad fuq it-tapit.\n" * 8, encoding="utf-8")
+    config = TuningConfig(method=method, language="mlt_Latn")
+    settings = TrainingSettings(context_length=32, rows_per_step=2, steps=2, learning_rate=1e-2)
+    adapter = tmp_path / "adapter"
+    tune_language(copy.deepcopy(before), tokenizer, open_corpus(tmp_path / "mlt_Latn.txt"), config, adapter, settings)
+    after = merge_adapter(load_model(base, device="cpu")[0], adapter)
+    result = measure_weight_change([adapter])
+    assert {"gate", "down"} <= {each.projection for each in result.changes}
+    for each in result.changes:
+        old, new = (rows(find_ffns(model)[each.layer], each.projection).double() for model in (before, after))
+        # A merged weight was rounded to fp32.
+        assert each.norm == pytest.approx(float((new - old).norm()), rel=1e-3)
+        assert each.norm > 0 and each.neurons == 48
+
+
+def test_a_dense_adapter_of_another_base_is_refused(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    model, tokenizer = load_model(base, device="cpu")
+    (tmp_path / "mlt_Latn.txt").write_text("Il-qattus qagħad fuq it-tapit.\n" * 8, encoding="utf-8")
+    config = TuningConfig(method="full", language="mlt_Latn")
+    settings = TrainingSettings(context_length=32, rows_per_step=2, steps=1)
+    tune_language(model, tokenizer, open_corpus(tmp_path / "mlt_Latn.txt"), config, tmp_path / "full", settings)
+    with pytest.raises(ArchitectureError, match="made for another base"):
+        measure_weight_change([tmp_path / "full"], save_tiny(tmp_path / "other", seed=1))
+    with pytest.raises(ArchitectureError, match="0 weights named"):
+        measure_weight_change([tmp_path / "full"], save_tiny(tmp_path / "shallow", layers=1))
+    path = tmp_path / "full" / "dense_config.json"
+    facts = json.loads(path.read_text())
+    del facts["replaced_values_sha256"]
+    path.write_text(json.dumps(facts))
+    with pytest.raises(FileFormatError, match="does not say what was replaced"):
+        measure_weight_change([tmp_path / "full"])
+
+
+@pytest.mark.parametrize("method", ["lora:rank=2", "ia3"])
+def test_an_adapter_of_peft_of_another_size_is_refused(tmp_path, method):
+    model, tokenizer = load_model(save_tiny(tmp_path / "base"), device="cpu")
+    (tmp_path / "mlt_Latn.txt").write_text("Il-qattus qagħad fuq it-tapit.\n" * 8, encoding="utf-8")
+    config = TuningConfig(method=method, language="mlt_Latn")
+    settings = TrainingSettings(context_length=32, rows_per_step=2, steps=1)
+    tune_language(model, tokenizer, open_corpus(tmp_path / "mlt_Latn.txt"), config, tmp_path / "adapter", settings)
+    with pytest.raises(ArchitectureError, match="do not fit"):
+        measure_weight_change([tmp_path / "adapter"], save_tiny(tmp_path / "other", neurons=64))
+
+
 def test_dora_is_refused(tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -237,8 +297,11 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     save_file({name: value[:1] for name, value in tensors.items()}, adapter / "adapter_model.safetensors")
     with pytest.raises(FileFormatError, match="is damaged"):
         measure_weight_change([adapter])
+    (adapter / "adapter_config.json").write_text('{"peft_type": "VERA"}')
+    with pytest.raises(FileFormatError, match="the kind 'vera'"):
+        measure_weight_change([adapter])
     (adapter / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    with pytest.raises(FileFormatError, match="'IA3'"):
+    with pytest.raises(ConfigError, match="does not name the model"):
         measure_weight_change([adapter])
     (base / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="holds neither"):
