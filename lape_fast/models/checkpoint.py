@@ -82,7 +82,7 @@ class Checkpoint:
         return self._plain(name, values)
 
     def read_whole(self, layer: int, projection: str) -> Tensor:
-        """The stored weight that a projection is in: GPT-2's is ``[inputs, outputs]``, a fused one holds gate and up."""
+        """The stored weight that a projection is in; GPT-2's is ``[inputs, outputs]``, a fused one both gate and up."""
         return self.read_tensor(self._name(layer, projection))
 
     def read_tensor(self, name: str) -> Tensor:
