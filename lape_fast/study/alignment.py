@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_fast.errors import CorpusError, LanguageError
+from lape_fast.errors import ConfigError, CorpusError, LanguageError
 from lape_fast.identify.counts import canonical_or_same, find_language
 from lape_fast.models import decoder, forward_hidden, layout_of, model_identity, tokenizer_hash
 from lape_fast.progress import Advance, progress_bar
@@ -32,7 +32,7 @@ from lape_fast.study.results import read_result, write_result
 from lape_fast.text import Corpus, pack_for_model, tokenize
 from lape_fast.text.corpus import BUILT_IN
 from lape_fast.text.records import LineRange
-from lape_fast.tune import load_adapter
+from lape_fast.tune import describe_adapter, load_adapter
 
 KIND = "alignment"
 BASE = "base"
@@ -170,6 +170,8 @@ def align_languages(
         CorpusError: the target or the pivot has no parallel lines, there are fewer than two, or the corpus is the
             built-in one, which is not parallel. Any other language that has not as many lines as the target is left
             out, and named in the result with the reason.
+        FileFormatError, ArchitectureError: an adapter is no adapter, or of another base.
+        ConfigError: an adapter is named "base".
         LanguageError: the corpus lacks the target or the pivot, or the two are one.
 
     Example:
@@ -180,6 +182,11 @@ def align_languages(
     target, pivot = (corpus.languages[find_language(corpus.languages, code)] for code in (target, pivot))
     if target == pivot:
         raise LanguageError(f"{target} is both the target and the pivot; choose another pivot.")
+    if BASE in (adapters or {}):
+        raise ConfigError(f"An adapter cannot be named {BASE!r}, which is the model without one; give another name.")
+    # Before the base is measured for nothing.
+    for folder in (adapters or {}).values():
+        describe_adapter(folder)
     sentences, left_out = _parallel_lines(corpus, target, pivot, languages)
     others = tuple(language for language in sentences if language != target)
     identity = model_identity(model)

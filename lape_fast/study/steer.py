@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape_fast.errors import AdapterError, ArchitectureError, ConfigError
+from lape_fast.errors import AdapterError, ArchitectureError, ConfigError, LanguageError
 from lape_fast.models import FFN, ExpertFFN, check_neurons, find_ffns, forward_hidden, model_identity
 from lape_fast.progress import progress_bar
 from lape_fast.study.ablate import outgoing_scaled
@@ -253,6 +253,8 @@ def force_language(
         raise ConfigError(
             f"{len(prompts)} prompts were given, {list(prompts).count('')} of them empty; give some text."
         )
+    if not sum(map(len, neurons)):
+        raise LanguageError(f"{language} has no neurons to steer by; select neurons with a looser rule.")
     # Before anything is generated for nothing.
     with steered(model, neurons, scale=scale, values=values):
         pass

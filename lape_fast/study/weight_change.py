@@ -6,7 +6,6 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from lape_fast.models.checkpoint import PROJECTIONS
 from lape_fast.progress import progress_bar
 from lape_fast.study.adapter_changes import Change, open_changes
 from lape_fast.study.results import read_result, write_result
+from lape_fast.tune import name_adapters
 
 KIND = "weight change"
 
@@ -173,7 +173,9 @@ def measure_weight_change(adapters: Sequence[str | os.PathLike], base: str | os.
         >>> change = measure_weight_change(["adapters/mlt_Latn", "adapters/isl_Latn"])
         >>> {(each.layer, each.projection): each.effective_rank for each in change.changes}
     """
-    named = _names(adapters)
+    named = name_adapters(adapters)
+    if not named:
+        raise ConfigError("No adapter was named; name the folder of one at least.")
     opened = {name: open_changes(folder, base) for name, folder in named.items()}
     # A dict, for the order.
     places = sorted({place: None for each in opened.values() for place in each.places}, key=_position)
@@ -259,18 +261,6 @@ def _quantiles(values: Tensor) -> tuple[float, ...]:
     # torch.quantile takes no more than 16 million values.
     ranked = values.sort().values
     return tuple(float(ranked[round(share * (len(ranked) - 1))]) for share in QUANTILES)
-
-
-def _names(adapters: Sequence[str | os.PathLike]) -> dict[str, str | os.PathLike]:
-    """The folders by their names, or by their paths where two have one name."""
-    paths = [Path(folder) for folder in adapters]
-    if not paths:
-        raise ConfigError("No adapter was named; name the folder of one at least.")
-    short = {path.resolve().name for path in paths}
-    names = [path.resolve().name if len(short) == len(paths) else str(path) for path in paths]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"The adapters {', '.join(names)} are not all different; name each folder once.")
-    return dict(zip(names, adapters, strict=True))
 
 
 def _position(place: tuple[int, str]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from lape_fast.errors import CorpusError, FileFormatError, LanguageError
+from lape_fast.errors import ConfigError, CorpusError, FileFormatError, LanguageError
 from lape_fast.identify import NeuronSet
 from lape_fast.models import decoder
 from lape_fast.study import Alignment, align_languages, linear_cka
@@ -191,6 +191,10 @@ def test_what_cannot_be_compared_is_refused(texts):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     with pytest.raises(LanguageError, match="'nld_Latn' is not among"):
         align_languages(model, tokenizer, open_corpus(texts), "nld_Latn")
+    with pytest.raises(FileFormatError, match="not an adapter folder"):
+        align_languages(model, tokenizer, open_corpus(texts), "mlt_Latn", adapters={"tuned": texts})
+    with pytest.raises(ConfigError, match="cannot be named 'base'"):
+        align_languages(model, tokenizer, open_corpus(texts), "mlt_Latn", adapters={"base": texts})
     with pytest.raises(LanguageError, match="both the target and the pivot"):
         align_languages(model, tokenizer, open_corpus(texts), "en")
     with pytest.raises(CorpusError, match="an alignment needs two"):

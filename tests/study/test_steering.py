@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from lape_fast.errors import AdapterError, ArchitectureError, ConfigError, CorpusError, FileFormatError
+from lape_fast.errors import AdapterError, ArchitectureError, ConfigError, CorpusError, FileFormatError, LanguageError
 from lape_fast.models import find_ffns, forward_hidden
 from lape_fast.study import (
     LanguageIdentifier,
@@ -192,6 +192,8 @@ def test_what_makes_no_sense_is_refused():
             pass
     with pytest.raises(ArchitectureError, match="3 layers"), steered(model, [NOTHING] * 3, scale=2.0):
         pass
+    with pytest.raises(LanguageError, match="mlt_Latn has no neurons"):
+        force_language(model, tiny_tokenizer(), [NOTHING] * 2, "mlt_Latn", ["a"], lambda text: "und", scale=2.0)
     with pytest.raises(ConfigError, match="1 of them empty"):
         force_language(model, tiny_tokenizer(), CHOSEN, "mt", ["a", ""], lambda text: "und", scale=2.0)
 
