@@ -183,15 +183,21 @@ def print_scores(columns: dict, as_json: bool) -> None:
     if as_json:
         print_json(measured)
         return
-    several = len(columns) > 2
-    changes = [f"{name}: change" for name in list(columns)[1:]] if several else ["change", "perplexity"]
-    table = new_table("language", *(f"{name}: bits per byte" for name in columns), *changes)
+    if len(columns) > 2:
+        # Side by side, the change stands behind each value.
+        table = new_table("language", *columns)
+        for language in measured["base"]:
+            base, *values = (scores[language]["bits_per_byte"] for scores in measured.values())
+            table.add_row(language, f"{base:.4f}", *(f"{value:.4f} ({value - base:+.4f})" for value in values))
+        _print_whole(table)
+        Console().print("Bits per byte, and in brackets how they differ from the base.")
+        return
+    table = new_table("language", *(f"{name}: bits per byte" for name in columns), "change", "perplexity")
     for language in measured["base"]:
-        base, *values = [scores[language]["bits_per_byte"] for scores in measured.values()]
-        cells = [f"{value - base:+.4f}" for value in values] or [""]
-        if not several:
-            cells.append(f"{list(measured.values())[-1][language]['perplexity']:.2f}")
-        table.add_row(language, *(f"{value:.4f}" for value in (base, *values)), *cells)
+        values = [scores[language]["bits_per_byte"] for scores in measured.values()]
+        last = list(measured.values())[-1][language]
+        change = f"{values[-1] - values[0]:+.4f}" if len(values) > 1 else ""
+        table.add_row(language, *(f"{value:.4f}" for value in values), change, f"{last['perplexity']:.2f}")
     _print_whole(table)
 
 
