@@ -261,9 +261,7 @@ def print_weight_change(change, as_json: bool) -> None:
         cells = (f"{row['norm']:.4g}", f"{row['relative_norm']:.4g}", f"{row['cosine']:.6f}", f"{row['moved']:.2%}")
         table.add_row(row["adapter"], row["projection"], f"{row['neurons']:,}", *cells)
     _print_whole(table)
-    Console().print(
-        "Relative: to the norm of the same weights before. Cosine: of a neuron's weights before and after."
-    )
+    Console().print("Relative: to the norm of the same weights before. Cosine: of a neuron's weights before and after.")
     known = [each for each in change.shared if each.cosine is not None]
     if known:
         shared = sum(each.shared for each in known)
