@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
@@ -94,11 +96,13 @@ def test_cka_knows_no_rotation_scale_or_shift(count):
     assert float(linear_cka(columns[:, 1:4], columns[:, 4:])) == pytest.approx(0, abs=1e-20)
 
 
-def test_measures_equal_loops_over_sentences(monkeypatch):
+# More sentences than dimensions, and fewer.
+@pytest.mark.parametrize("dimensions", [6, 16])
+def test_measures_equal_loops_over_sentences(monkeypatch, dimensions):
     # Similarities in several parts.
     monkeypatch.setattr("lape_fast.study.alignment.ROWS_AT_ONCE", 3)
-    x = random_states(2, 10, 6, seed=1)
-    y = x + random_states(2, 10, 6, seed=2)
+    x = random_states(2, 10, dimensions, seed=1)
+    y = x + random_states(2, 10, dimensions, seed=2) * (dimensions / 6)
     for layer, row in enumerate(compare_states(x, y)):
         values = dict(zip(MEASURES, row.tolist(), strict=True))
         cosines = torch.stack([cosine_similarity(a[None], y[layer]) for a in x[layer]])
@@ -155,6 +159,23 @@ def test_before_and_after_an_adapter(tmp_path, texts):
     assert not torch.equal(alignment.values[0, :, 1:], alignment.values[1, :, 1:])
     assert torch.equal(alignment.mean("cka", "tuned"), alignment.measure("cka", "tuned").mean(0))
     assert torch.equal(alignment.to_pivot("cosine"), alignment.values[0, 0, :, 0])
+
+
+def test_the_states_of_two_languages_are_held_at_a_time(tmp_path, monkeypatch):
+    for language in ("eng_Latn", "mlt_Latn", "deu_Latn", "fra_Latn", "ita_Latn", "spa_Latn"):
+        (tmp_path / f"{language}.txt").write_text(f"{language}\none\ntwo\n")
+    alive, most = weakref.WeakSet(), 0
+
+    def watched(*arguments, **options):
+        nonlocal most
+        states = sentence_states(*arguments, **options)
+        alive.add(states)
+        most = max(most, len(alive))
+        return states
+
+    monkeypatch.setattr("lape_fast.study.alignment.sentence_states", watched)
+    result = align_languages(tiny_model(), tiny_tokenizer(), open_corpus(tmp_path), "mlt_Latn")
+    assert len(result.languages) == 5 and most == 2
 
 
 def test_a_file_comes_back_as_it_was(tmp_path, texts):
