@@ -108,8 +108,8 @@ def _open_subnetwork(folder: Path, config: dict[str, Any], base: Checkpoint) -> 
         old = base.read(layer, projection, neurons[layer]).to(new.dtype)
         if new.shape != old.shape:
             raise FileFormatError(
-                f"{folder} is damaged: {projection} of layer {layer} is {list(new.shape)} where {list(old.shape)} is "
-                "needed; copy the adapter again."
+                f"{folder} does not fit {base.folder}: {projection} of layer {layer} is {list(new.shape)} where "
+                f"{list(old.shape)} is needed; name the base it was trained on, or copy a damaged adapter again."
             )
         # As tune.subnetwork.fingerprint.
         digest.update(f"{layer}.{PARTS[PROJECTIONS.index(projection)]}{list(old.shape)}{old.dtype}".encode())
