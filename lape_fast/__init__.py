@@ -54,7 +54,23 @@ _PUBLIC = {
         "read_dynamics",
         "tune_language",
     ),
-    "study": ("AblationMatrix", "ablate_neurons", "evaluate_languages", "prepare_text", "score", "silenced"),
+    "study": (
+        "AblationMatrix",
+        "Alignment",
+        "Steering",
+        "WeightChange",
+        "ablate_neurons",
+        "align_languages",
+        "evaluate_languages",
+        "force_language",
+        "mean_activations",
+        "measure_weight_change",
+        "prepare_text",
+        "score",
+        "silenced",
+        "steered",
+        "train_identifier",
+    ),
 }
 _FOLDERS = {name: folder for folder, names in _PUBLIC.items() for name in names}
 

@@ -141,7 +141,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     Raises:
         FileFormatError: missing, or not a complete safetensors file.
     """
-    with _opened(path) as file:
+    with open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
@@ -151,7 +151,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         FileFormatError: missing, not a safetensors file, not written by lape_fast, or of a newer schema.
     """
-    with _opened(path) as file:
+    with open_safetensors(path) as file:
         raw = file.metadata() or {}
     raw.pop("format", None)
     try:
@@ -169,7 +169,12 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
+def open_safetensors(path: str | os.PathLike) -> Iterator[safe_open]:
+    """A safetensors file to read from piece by piece.
+
+    Raises:
+        FileFormatError: missing, or not a complete safetensors file.
+    """
     if not Path(path).is_file():
         raise FileFormatError(f"{path} does not exist or is not a file; check the path.")
     try:

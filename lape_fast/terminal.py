@@ -263,6 +263,63 @@ def print_ablation(matrix, as_json: bool) -> None:
     )
 
 
+def print_alignment(alignment, as_json: bool) -> None:
+    """Prints the alignment of target and pivot in every layer, a block of columns per stage."""
+    if as_json:
+        print_json(alignment.to_json())
+        return
+    names = ("cosine", "cosine_misaligned", "cka", "cka_misaligned", "retrieval_from_target", "retrieval_to_target")
+    for stage in alignment.stages:
+        table = new_table("layer", *(name.replace("_", " ") for name in names))
+        curves = [alignment.to_pivot(name, stage).tolist() for name in names]
+        for layer, row in enumerate(zip(*curves, strict=True)):
+            table.add_row(str(layer), *(f"{value:.3f}" for value in row))
+        Console().print(f"{stage}: {alignment.target} against {alignment.pivot}", highlight=False)
+        _print_whole(table)
+    Console().print(
+        f"{alignment.sentences:,} sentences; retrieval by chance is {1 / alignment.sentences:.3f}. "
+        f"{len(alignment.languages)} languages were compared with {alignment.target}.",
+        highlight=False,
+    )
+
+
+def print_weight_change(change, as_json: bool) -> None:
+    """Prints what each adapter changed in all layers, and how far the adapters agree."""
+    if as_json:
+        print_json(change.to_json())
+        return
+    table = new_table("adapter", "projection", "neurons", "norm", "relative", "cosine", "moved", words=("projection",))
+    for row in change.totals():
+        cells = (f"{row['norm']:.4g}", f"{row['relative_norm']:.4g}", f"{row['cosine']:.6f}", f"{row['moved']:.2%}")
+        table.add_row(row["adapter"], row["projection"], f"{row['neurons']:,}", *cells)
+    _print_whole(table)
+    Console().print("Relative: to the norm of the same weights before. Cosine: of a neuron's weights before and after.")
+    known = [each for each in change.shared if each.cosine is not None]
+    if known:
+        shared = sum(each.shared for each in known)
+        mean = sum(each.cosine * each.shared for each in known) / shared
+        Console().print(f"Changes of {shared:,} shared rows agree by a cosine of {mean:+.3f} on average.")
+
+
+def print_steering(steering, as_json: bool) -> None:
+    """Prints what was written without and with steering, and in which languages."""
+    if as_json:
+        print_json(steering.to_json())
+        return
+    texts = zip(
+        *(getattr(steering, name) for name in ("prompts", "plain", "plain_languages", "steered", "steered_languages")),
+        strict=True,
+    )
+    for prompt, plain, plain_language, steered, steered_language in texts:
+        lines = [prompt, f"  without ({plain_language}): {plain}", f"  with ({steered_language}): {steered}"]
+        Console().print("\n".join(lines), highlight=False, markup=False)
+    Console().print(
+        f"In {steering.language}: {steering.plain_accuracy:.1%} of {len(steering.prompts):,} texts without steering, "
+        f"{steering.steered_accuracy:.1%} with it.",
+        highlight=False,
+    )
+
+
 def print_facts(name: Any, facts: dict[str, Any], as_json: bool) -> None:
     """Prints names and values, those of ``metadata`` last and by name: a safetensors file keeps them in no order."""
     if as_json:

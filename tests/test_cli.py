@@ -35,6 +35,9 @@ COMMANDS = [
     "tune",
     "evaluate",
     "ablate",
+    "align",
+    "weights",
+    "steer",
     "merge",
     "publish",
     "convert",
@@ -259,6 +262,50 @@ def test_ablate_writes_three_files_beside_the_neurons_and_a_repeated_command_not
     files[2].unlink()
     run(*command)
     assert files[2].exists()
+
+
+def test_align_and_weights_before_and_after_an_adapter(workplace, monkeypatch, capsys):
+    base, texts, adapter = workplace / "base", workplace / "texts", workplace / "mlt-tuned"
+    run(
+        *("tune", "--model", base, "--corpus", texts, "--neurons", workplace / "out" / "neurons.safetensors"),
+        *("--language", "mt", "--output", adapter, "--lines", "1-20", "--steps", 2, "--context-length", 64),
+    )
+    command = ["align", "--model", base, "--corpus", texts, "--lines", "1-20", "--target", "mt", "--adapter", adapter]
+    measured = json.loads(run(*command, "--output", workplace / "alignment.json", "--json"))
+    stored = json.loads((workplace / "alignment.json").read_text())
+    assert {name: stored[name] for name in measured} == measured
+    assert list(measured["stages"]) == ["base", "mlt-tuned"] and measured["languages"] == ["eng_Latn", "rus_Cyrl"]
+    assert (workplace / "alignment.png").read_bytes().startswith(b"\x89PNG")
+    printed = run(*command, "--output", workplace / "again.json", "--languages", "rus_Cyrl", "--pivot", "ru")
+    assert "mlt-tuned: mlt_Latn against rus_Cyrl" in printed and "20 sentences" in printed
+    assert "exists already" in failure(monkeypatch, capsys, *command, "--output", workplace / "again.json")
+
+    measured = json.loads(run("weights", adapter, "--output", workplace / "weights.json", "--json"))
+    assert {row["projection"] for row in measured["totals"]} == {"gate", "up", "down"}
+    assert all(row["norm"] > 0 for row in measured["totals"])
+    assert (workplace / "weights.png").exists()
+    printed = run("weights", adapter, "--model", base, "--output", workplace / "weights-again.json")
+    assert f"{measured['totals'][0]['norm']:.4g}" in printed
+    assert "a JSON file" in failure(monkeypatch, capsys, "weights", adapter, "--output", workplace / "weights.csv")
+
+
+def test_steer_prints_and_counts_what_was_written(workplace, monkeypatch, capsys):
+    command = ["steer", "--model", workplace / "base", "--neurons", workplace / "out" / "neurons.safetensors"]
+    command += ["--language", "mt", "--corpus", workplace / "texts", "--max-new-tokens", 4]
+    (workplace / "prompts.txt").write_text("The cat\n\nIl-qattus\n")
+    output = workplace / "steering.json"
+    options = ["--prompts", workplace / "prompts.txt", "--prompt", "It", "--replace", "--output", output]
+    measured = json.loads(run(*command, *options, "--json"))
+    assert measured["prompts"] == ["It", "The cat", "Il-qattus"] and measured["replaced"]
+    assert len(measured["steered"]) == 3 and 0 <= measured["steered_accuracy"] <= 1
+    assert (workplace / "steering.png").exists()
+    printed = run(*command, "--scale", 3, "--prompt", "The cat")
+    assert "with (" in printed and "In mlt_Latn: " in printed
+    assert "--scale" in failure(monkeypatch, capsys, *command, "--prompt", "The cat")
+    assert "0 prompts" in failure(monkeypatch, capsys, *command, "--scale", 3)
+    assert "no language" in failure(
+        monkeypatch, capsys, *command, "--scale", 3, "--prompt", "a", "--language", "nld_Latn", "--languages", "mt"
+    )
 
 
 def test_a_language_without_neurons_has_no_part_in_the_mean_of_an_ablation(capsys):

@@ -14,7 +14,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from lape_fast import __version__
-from lape_fast.cli import identify, publish, study, tour, tune
+from lape_fast.cli import analyses, identify, publish, study, tour, tune
 from lape_fast.errors import LapeFastError, StoppedError
 
 # Commands import what they use: torch and transformers take seconds, and `--help` should not.
@@ -57,6 +57,9 @@ COMMANDS = (
     tune.tune,
     study.evaluate,
     study.ablate,
+    analyses.align,
+    analyses.weights,
+    analyses.steer,
     tune.merge,
     publish.publish,
     identify.convert,

@@ -65,8 +65,10 @@ def evaluate(
     --lines 1798-1997 --tasks belebele,flores --languages mlt_Latn
     """
     from lape_fast.study import evaluate_tasks, expand_tasks, prepare_text, score
-    from lape_fast.tune import load_adapter
+    from lape_fast.tune import load_adapter, name_adapters
 
+    # Of one adapter it is clear which.
+    named = {"adapter": adapter[0]} if len(adapter) == 1 else name_adapters(adapter)
     codes, names = split_codes(languages), split_codes(tasks)
     if names:
         # What is misspelt is told before a model is loaded.
@@ -80,7 +82,7 @@ def evaluate(
     if opened is not None:
         text = prepare_text(loaded, tokenizer, opened, context_length=context_length, batch_tokens=batch_tokens)
         columns = {"base": score(loaded, text, "evaluating the base")}
-        for folder, name in zip(adapter, _names(adapter), strict=True):
+        for name, folder in named.items():
             loaded_adapter = load_adapter(loaded, folder)
             columns[name] = score(loaded, text, f"evaluating {name}")
             loaded_adapter.detach(keep=False)
@@ -137,11 +139,3 @@ def ablate(
         if not path.exists():
             write(path)
     print_ablation(matrix, as_json)
-
-
-def _names(folders: list[Path]) -> list[str]:
-    """What to call adapters in a table: by their folders, which are named in full where two end alike."""
-    if len(folders) == 1:
-        return ["adapter"]
-    short = [folder.name for folder in folders]
-    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]

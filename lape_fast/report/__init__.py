@@ -1,5 +1,6 @@
 """Reporting what was found: figures, and one self-contained page."""
 
+from lape_fast.report.analyses import alignment_curves, steered_languages, weight_change_map
 from lape_fast.report.dynamics import training_dynamics
 from lape_fast.report.figures import (
     ablation_heatmap,
@@ -18,6 +19,7 @@ __all__ = [
     "Section",
     "Table",
     "ablation_heatmap",
+    "alignment_curves",
     "figure_svg",
     "language_change",
     "language_label",
@@ -26,5 +28,7 @@ __all__ = [
     "neurons_per_language",
     "render_report",
     "save_figure",
+    "steered_languages",
     "training_dynamics",
+    "weight_change_map",
 ]

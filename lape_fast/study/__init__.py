@@ -1,6 +1,7 @@
-"""Studying what happened: scores per language, and what switching neurons off costs."""
+"""Studying what happened: scores, ablation, alignment of languages, change of weights, and steering."""
 
 from lape_fast.study.ablate import ablate_neurons, ablate_to_file, silenced
+from lape_fast.study.alignment import Alignment, align_languages, linear_cka
 from lape_fast.study.evaluate import (
     EvaluationText,
     LanguageScore,
@@ -9,25 +10,40 @@ from lape_fast.study.evaluate import (
     prepare_text,
     score,
 )
+from lape_fast.study.language_identifier import LanguageIdentifier, train_identifier
 from lape_fast.study.matrix import AblationMatrix
+from lape_fast.study.steer import Steering, force_language, mean_activations, steered
 from lape_fast.study.suites import SUITES, expand_tasks
 from lape_fast.study.task_results import TaskResults, TaskRow
 from lape_fast.study.tasks import evaluate_tasks
+from lape_fast.study.weight_change import WeightChange, effective_rank, measure_weight_change
 
 __all__ = [
     "AblationMatrix",
+    "Alignment",
     "EvaluationText",
+    "LanguageIdentifier",
     "LanguageScore",
     "SUITES",
+    "Steering",
     "TaskResults",
     "TaskRow",
+    "WeightChange",
     "ablate_neurons",
     "ablate_to_file",
+    "align_languages",
     "bits_per_byte",
+    "effective_rank",
     "evaluate_languages",
     "evaluate_tasks",
     "expand_tasks",
+    "force_language",
+    "linear_cka",
+    "mean_activations",
+    "measure_weight_change",
     "prepare_text",
     "score",
     "silenced",
+    "steered",
+    "train_identifier",
 ]

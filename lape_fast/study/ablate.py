@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape_fast.errors import ConfigError, FileExistsAlreadyError, LanguageError
+from lape_fast.errors import AdapterError, ConfigError, FileExistsAlreadyError, LanguageError
 from lape_fast.files import read_tensors, write_tensors
 from lape_fast.identify import NeuronSet
 from lape_fast.identify.checkpoints import differences
 from lape_fast.identify.counts import canonical_or_same, find_language
-from lape_fast.models import check_neurons, find_ffns, model_identity
+from lape_fast.models import FFN, ExpertFFN, check_neurons, find_ffns, model_identity
 from lape_fast.progress import progress_bar
 from lape_fast.study.evaluate import EvaluationText, score_nats
 from lape_fast.study.matrix import AblationMatrix
+from lape_fast.tune.subnetwork import installed_layers
 
 PARTIAL_KIND = "ablation-rows"
 
@@ -36,6 +37,7 @@ def silenced(model: nn.Module, neurons: Sequence[Tensor]) -> Iterator[None]:
 
     Raises:
         ArchitectureError: the neurons do not fit the model, or its weights are quantised.
+        AdapterError: an adapter is attached in overlay storage, whose neurons do not use the base's columns.
 
     Example:
         >>> with silenced(model, neurons["mlt_Latn"]):
@@ -43,13 +45,32 @@ def silenced(model: nn.Module, neurons: Sequence[Tensor]) -> Iterator[None]:
     """
     ffns = find_ffns(model)
     check_neurons(ffns, neurons)
+    refuse_overlay(model)
+    with outgoing_scaled(ffns, neurons, 0.0):
+        yield
+
+
+def refuse_overlay(model: nn.Module) -> None:
+    """Raises AdapterError if trained neurons go around the base's columns, where no change of them is seen."""
+    if any(layer.overlay for layer in installed_layers(model)):
+        raise AdapterError(
+            "The model has an adapter in overlay storage, whose trained neurons go around the base's columns; merge "
+            "the adapter first (`lape-fast merge`), or detach it."
+        )
+
+
+@contextlib.contextmanager
+def outgoing_scaled(
+    ffns: Sequence[FFN] | Sequence[ExpertFFN], neurons: Sequence[Tensor], scale: float
+) -> Iterator[None]:
+    """Within the context the neurons' columns of the down projections are ``scale`` times what they are."""
     kept = []
     try:
         for ffn, chosen in zip(ffns, neurons, strict=True):
             chosen = chosen.to(ffn.down_weight.device)
             values = ffn.outgoing(chosen)
             kept.append((ffn, chosen, values))
-            ffn.set_outgoing(chosen, torch.zeros_like(values))
+            ffn.set_outgoing(chosen, values * scale)
         yield
     finally:
         for ffn, chosen, values in kept:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lape_fast.errors import FileFormatError
-from lape_fast.files import SCHEMA_VERSION, read_json, write_json, write_text
+from lape_fast.files import SCHEMA_VERSION, write_json, write_text
+from lape_fast.study.results import read_result
 
 KIND = "ablation"
 
@@ -154,18 +154,8 @@ class AblationMatrix:
         Raises:
             FileFormatError: not an ablation, of a newer schema, or incomplete.
         """
-        values = read_json(path)
-        if not isinstance(values, dict) or values.get("kind") != KIND:
-            raise FileFormatError(f"{path} holds no ablation; name the JSON file that `lape-fast ablate` wrote.")
-        if values["schema_version"] > SCHEMA_VERSION:
-            raise FileFormatError(
-                f"{path} has schema version {values['schema_version']}, but this lape_fast reads up to "
-                f"{SCHEMA_VERSION}; upgrade lape_fast."
-            )
-        if missing := [name for name in STORED if name not in values]:
-            raise FileFormatError(f"{path} lacks {', '.join(missing)}; ablate again.")
-        names = {"kind", "schema_version", *STORED, *DERIVED}
-        metadata = {name: value for name, value in values.items() if name not in names}
+        values = read_result(path, KIND, "ablate", STORED)
+        metadata = {name: value for name, value in values.items() if name not in {*STORED, *DERIVED}}
         ablated, evaluated, neurons, tokens, sizes = (tuple(values[name]) for name in STORED[:5])
         base, nats = (torch.tensor(values[name], dtype=torch.float64) for name in STORED[5:])
         nats = nats.view(len(ablated), len(evaluated))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from lape_fast.errors import FileFormatError
+from lape_fast.errors import ConfigError, FileFormatError
 from lape_fast.files import read_json
 from lape_fast.models import dense_ffns, dequantise_model
 from lape_fast.tune import adapter, dense
@@ -96,6 +97,20 @@ def describe_adapter(folder: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise FileFormatError(f"{folder} does not describe its adapter; copy the adapter again.")
     return config
+
+
+def name_adapters(folders: Sequence[str | os.PathLike]) -> dict[str, str | os.PathLike]:
+    """Adapter folders by what to call them: the folder's name, or its path where two have one name.
+
+    Raises:
+        ConfigError: a folder is named twice.
+    """
+    paths = [Path(folder) for folder in folders]
+    short = [path.resolve().name for path in paths]
+    names = short if len(set(short)) == len(paths) else list(map(str, paths))
+    if len(set(names)) < len(names):
+        raise ConfigError(f"The adapters {', '.join(names)} are not all different; name each folder once.")
+    return dict(zip(names, folders, strict=True))
 
 
 def adapter_kind(folder: str | os.PathLike) -> Literal["subnetwork", "dense", "peft"]:

@@ -7,7 +7,9 @@ import math
 import torch
 
 from lape_fast.identify.neurons import NeuronSet
-from lape_fast.study import AblationMatrix
+from lape_fast.study import AblationMatrix, Alignment, Steering, WeightChange
+from lape_fast.study.alignment import MEASURES
+from lape_fast.study.weight_change import ProjectionChange
 from lape_fast.text.languages import cldr_locales
 
 LAYERS = 6
@@ -90,3 +92,42 @@ NORMS = ("gradient_norm", "update_norm", "change_norm")
 
 def _bits(number: int, step: int) -> dict[str, float]:
     return {code: 2 + step * (place - 1) / 1000 for place, code in enumerate(codes(number))}
+
+
+def alignment(number: int) -> Alignment:
+    """The first language against ``number`` others, before and after one adapter, every value its own."""
+    target, *others = codes(number + 1)
+    values = torch.linspace(0, 1, 2 * number * (LAYERS + 1) * len(MEASURES), dtype=torch.float64)
+    values = values.view(2, number, LAYERS + 1, len(MEASURES))
+    return Alignment(target, others[0], ("base", "tuned"), tuple(others), 200, values)
+
+
+def weight_change(number: int) -> WeightChange:
+    """``number`` adapters, each of which changes two projections of every layer but its first."""
+    changes = tuple(
+        ProjectionChange(
+            adapter=f"adapter {adapter}",
+            layer=layer,
+            projection=projection,
+            neurons=4,
+            entries=64,
+            norm=(1 + adapter + layer) * (2.0 if projection == "down" else 1.0),
+            old_norm=200.0,
+            quantiles=(0.0,) * 8,
+            cosine=1.0,
+            cosine_quantiles=(1.0,) * 8,
+            effective_rank=2.0,
+            moved=1.0,
+        )
+        for adapter in range(number)
+        for layer in range(1, LAYERS)
+        for projection in ("gate", "down")
+    )
+    return WeightChange({f"adapter {adapter}": f"adapters/{adapter}" for adapter in range(number)}, changes, ())
+
+
+def steering(number: int) -> Steering:
+    """As many texts as there are languages: one in each without steering, and every other in the first with it."""
+    languages = codes(number)
+    forced = tuple(languages[0] if position % 2 else code for position, code in enumerate(languages))
+    return Steering(languages[0], *((("text",) * number,) * 3), tuple(languages), forced)

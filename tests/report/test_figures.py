@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from lape_fast.errors import LanguageError, ShapeError, TrainingError
 from lape_fast.identify.neurons import NeuronSet
 from lape_fast.report import (
     ablation_heatmap,
+    alignment_curves,
     figure_svg,
     language_change,
     language_label,
@@ -22,18 +24,23 @@ from lape_fast.report import (
     neurons_by_layer,
     neurons_per_language,
     save_figure,
+    steered_languages,
     training_dynamics,
+    weight_change_map,
 )
 from lape_fast.report.canvas import house_style
 from tests.report.samples import (
     LAYERS,
     ablation_matrix,
+    alignment,
     codes,
     dynamics_records,
     matrix_of,
     neuron_set,
     scores,
+    steering,
     training_log,
+    weight_change,
 )
 
 SIZES = (1, 24, 123)
@@ -51,6 +58,9 @@ FIGURES = {
     "ablation_heatmap": lambda number: ablation_heatmap(ablation_matrix(number, number)),
     "language_change": _change,
     "learning_curve": lambda number: learning_curve(training_log(), f"Tuning {number} neurons"),
+    "alignment_curves": lambda number: alignment_curves(alignment(number)),
+    "weight_change_map": lambda number: weight_change_map(weight_change(number)),
+    "steered_languages": lambda number: steered_languages(steering(number)),
     "training_dynamics": lambda number: training_dynamics(dynamics_records(number), "Maltese: lora", codes(1)[0]),
 }
 
@@ -319,3 +329,50 @@ def test_training_dynamics_without_what_it_can_do_without():
     assert "no other languages were measured" in _words(training_dynamics(records, "short"))
     with pytest.raises(TrainingError, match="1 records and no loss"):
         training_dynamics([{"step": 0, "tokens": 0}], "empty")
+
+
+def test_alignment_draws_every_stage_before_and_after():
+    measured = alignment(3)
+    cosine, cka, retrieval = alignment_curves(measured).axes
+    pivot = language_label(measured.pivot)
+    for panel, name, baseline in ((cosine, "cosine", "cosine_misaligned"), (cka, "cka", "cka_misaligned")):
+        drawn = _drawn(panel)
+        for stage in measured.stages:
+            curves = {
+                f"{stage}: {pivot}": measured.to_pivot(name, stage),
+                f"{stage}: mean of 3": measured.mean(name, stage),
+                f"{stage}: misaligned (mean)": measured.mean(baseline, stage),
+            }
+            for label, curve in curves.items():
+                assert drawn[label] == list(enumerate(curve.tolist()))
+    both = [measured.mean(f"retrieval_{side}_target", "tuned") for side in ("from", "to")]
+    assert _drawn(retrieval)["tuned: mean of 3"] == list(enumerate(((both[0] + both[1]) / 2).tolist()))
+    assert {point[1] for point in _drawn(retrieval)["chance"]} == {1 / 200}
+    words = _words(alignment_curves(measured))
+    assert "200 parallel sentences" in words and "tuned: misaligned (mean)" in words and "chance" in words
+    with pytest.raises(ShapeError, match="5 stages"):
+        alignment_curves(dataclasses.replace(measured, stages=("base", "a", "b", "c", "d")))
+
+
+def test_weight_change_draws_every_projection_and_leaves_the_rest_empty():
+    change = weight_change(2)
+    figure = weight_change_map(change)
+    drawn = figure.axes[0].images[0].get_array()
+    assert _row_names(figure) == [f"adapter {number}: {name}" for number in (0, 1) for name in ("gate", "down")]
+    assert drawn.mask[:, 0].all() and not drawn.mask[:, 1:].any()
+    for each in change.changes:
+        row = _row_names(figure).index(f"{each.adapter}: {each.projection}")
+        assert drawn[row, each.layer] == each.relative_norm
+    with pytest.raises(ShapeError, match="nothing to draw"):
+        weight_change_map(dataclasses.replace(change, changes=()))
+
+
+def test_steered_languages_add_up_to_all_texts():
+    result = steering(24)
+    figure = steered_languages(result)
+    names = _row_names(figure)
+    assert names[0] == language_label(result.language) and names[-1] == "12 others" and len(names) == 13
+    without, with_steering = _bars(figure)
+    assert [sum(without), sum(with_steering)] == pytest.approx([100, 100])
+    assert without[0] == pytest.approx(100 / 24) and with_steering[0] == pytest.approx(100 * 13 / 24)
+    assert f"with steering: 54% in {names[0]}" in _words(figure)
