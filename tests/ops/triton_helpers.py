@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lape_fast.ops import ACTIVATIONS, gated_activation, gated_activation_backward, indexed_adamw_
+from lape_fast.ops import ACTIVATIONS, gated_activation, gated_activation_backward, indexed_adamw_, quantise_rows
 
 
 class Case(NamedTuple):
@@ -78,6 +78,22 @@ class UpdateCase(NamedTuple):
         parts = [(weight, neurons, *each) for weight, each in zip(weights, operands, strict=True)]
         clip = values() if self.clipped else None
         kernel.launch(parts, clip, self.lr, 0.9, 0.999, 1e-8, self.weight_decay, self.step)
+
+
+class RowsCase(NamedTuple):
+    """One launch of the kernel that rounds rows to fp8, by what changes its code."""
+
+    dtype: torch.dtype
+    scaled: bool
+    tokens: int = 4096
+    width: int = 14336
+
+    def launch(self) -> None:
+        """Launches on meta tensors of these sizes."""
+        from lape_fast.kernels import quantise_rows as kernel
+
+        columns = torch.empty(self.width, device="meta") if self.scaled else None
+        kernel.launch(torch.empty(self.tokens, self.width, dtype=self.dtype, device="meta"), columns)
 
 
 class Compiled(NamedTuple):
@@ -177,6 +193,11 @@ def launch_update(lists: list[list[Tensor]], step: int) -> list[list[Tensor]]:
     return lists
 
 
+def quantise(x: Tensor, column_scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The public function on the Triton backend."""
+    return quantise_rows(x, column_scales, backend="triton")
+
+
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
     """Fills uninitialised floating-point tensors with NaN, so that an output nobody wrote is seen."""
@@ -194,7 +215,7 @@ def poisoned_outputs() -> Iterator[None]:
         yield
 
 
-def launches(case: Case | UpdateCase, arch: int) -> dict:
+def launches(case: Case | UpdateCase | RowsCase, arch: int) -> dict:
     """What a real launch of the case hands to Triton's compiler: the arguments' types, constants and alignments."""
     from triton import knobs
     from triton.runtime.driver import driver
@@ -213,12 +234,12 @@ def launches(case: Case | UpdateCase, arch: int) -> dict:
     return launch
 
 
-def cache_key(case: Case | UpdateCase) -> str:
+def cache_key(case: Case | UpdateCase | RowsCase) -> str:
     """The key under which Triton keeps the compiled kernel: another key is another compilation."""
     return str(launches(case, arch=90)["key"])
 
 
-def compile_case(case: Case | UpdateCase, arch: int) -> Compiled:
+def compile_case(case: Case | UpdateCase | RowsCase, arch: int) -> Compiled:
     """Compiles the kernel of a case down to machine code for compute capability arch / 10."""
     import triton
 
