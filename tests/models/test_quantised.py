@@ -183,7 +183,9 @@ def test_what_cannot_be_quantised(tmp_path, options, message):
         load_model(save_tiny(tmp_path), **options)
 
 
-@pytest.mark.parametrize(("model_type", "kind"), [*((name, "nf4") for name in EXPERT_TYPES), ("mixtral", "fp8"), ("gpt2", "torchao-int8")])
+@pytest.mark.parametrize(
+    ("model_type", "kind"), [*((name, "nf4") for name in EXPERT_TYPES), ("mixtral", "fp8"), ("gpt2", "torchao-int8")]
+)
 def test_ffns_that_quantising_would_leave_as_they_are(tmp_path, model_type, kind):
     with pytest.raises(ArchitectureError, match=f"{kind} would leave the FFNs of this {model_type} model"):
         load_model(save_tiny(tmp_path, model_type), quantise=kind)

@@ -90,7 +90,11 @@ def test_the_op_is_registered_as_it_behaves():
     [
         (torch.zeros(3, 4, dtype=torch.int64), None, "must be a floating-point tensor"),
         (torch.zeros(3, 0), None, "M > 0"),
-        (torch.zeros(3, 4), torch.ones(3), r"must be float32 \[4\], one per column of x, but it is torch.float32 \[3\]"),
+        (
+            torch.zeros(3, 4),
+            torch.ones(3),
+            r"must be float32 \[4\], one per column of x, but it is torch.float32 \[3\]",
+        ),
         (torch.zeros(3, 4), torch.ones(4, dtype=torch.float64), r"but it is torch\.float64"),
     ],
 )

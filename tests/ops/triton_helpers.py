@@ -307,16 +307,19 @@ def _start_interpreter() -> None:
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
     from triton.runtime import interpreter
 
-    interpreter._convert_float = _converting_bfloat16_as_gpus_do(interpreter._convert_float)
+    interpreter._convert_float = _converting_as_gpus_do(interpreter._convert_float)
 
 
-def _converting_bfloat16_as_gpus_do(convert: Callable) -> Callable:
-    # The interpreter of Triton 3.9 cuts off the digits that do not fit into bf16; GPUs round to nearest even.
+def _converting_as_gpus_do(convert: Callable) -> Callable:
+    # The interpreter of Triton 3.9 cuts off the digits that do not fit into bf16 and e4m3, and makes a number of e4m3's
+    # NaN; GPUs round to nearest even.
     def convert_float(values, input_dtype, output_dtype, rounding_mode):
-        if not (input_dtype.is_fp32() and output_dtype.is_bf16()):
+        if not input_dtype.is_fp32() or not (output_dtype.is_bf16() or output_dtype.is_fp8e4nv()):
             return convert(values, input_dtype, output_dtype, rounding_mode)
-        rounded = torch.from_numpy(values.copy()).to(torch.bfloat16)
-        return rounded.view(torch.int16).numpy().view("uint16")
+        wide = torch.from_numpy(values.copy())
+        if output_dtype.is_bf16():
+            return wide.to(torch.bfloat16).view(torch.int16).numpy().view("uint16")
+        return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
     return convert_float
 
