@@ -170,7 +170,7 @@ class FFN:
     def input_gradient(
         self, part: Literal["gate", "up", "down"], grad: torch.Tensor, total: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """total + grad @ the weight of a part: in place where there is a total, by the kind's own product if it has one.
+        """total + grad @ the weight of a part, in place where there is a total; by the product of fp8 where it is fp8.
 
         Args:
             part: which projection.

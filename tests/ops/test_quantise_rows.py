@@ -122,7 +122,7 @@ def test_the_kernel_gives_the_references_bits(interpreter, dtype, scaled):
     torch.testing.assert_close(q.float(), expected_q.float(), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("arch", [90, 100], ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("arch", [89, 90, 100], ids=lambda arch: f"sm_{arch}")
 def test_the_kernel_compiles_with_wide_accesses(arch):
     with helpers.compiler_processes() as compilers:
         for scaled in (False, True):
