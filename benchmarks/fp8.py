@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--train", default="1-1000", metavar="LINES", help="lines to count and to tune on")
     parser.add_argument("--test", default="1061-1120", metavar="LINES", help="lines to measure the loss on")
     parser.add_argument("--rule", default=RULE, help="how neurons are selected")
-    parser.add_argument("--base-steps", type=int, default=600, help="of the small model's training")
+    parser.add_argument("--base-steps", type=int, default=400, help="of the small model's training")
     parser.add_argument("--steps", type=int, default=40, help="of tuning")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of tuning")
     parser.add_argument("--context-length", type=int, default=256)
