@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--train", default="1-1000", metavar="LINES", help="lines to count and to tune on")
     parser.add_argument("--test", default="1061-1120", metavar="LINES", help="lines to measure the loss on")
     parser.add_argument("--rule", default=RULE, help="how neurons are selected")
+    parser.add_argument("--tokens", type=int, default=6000, help="of each language to count")
     parser.add_argument("--base-steps", type=int, default=400, help="of the small model's training")
     parser.add_argument("--steps", type=int, default=40, help="of tuning")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of tuning")
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, loading in VARIANTS.items():
             measured[name].tune(options, model, loading, Path(folder) / name, neurons)
         rows = [row_of(name, each, measured[BASELINE], options.target) for name, each in measured.items()]
-    kept = ("corpus", "train", "test", "rule", "steps", "rate", "context_length", "target")
+    kept = ("corpus", "train", "test", "rule", "tokens", "steps", "rate", "context_length", "target")
     settings = {"model": Path(model).name if options.model else f"small, {options.base_steps} steps"}
     settings |= {name: getattr(options, name) for name in kept} | {"languages": len(options.languages)}
     facts = machine_facts(torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")))
@@ -101,7 +102,9 @@ class Measured:
         loaded, tokenizer = load_model(model, device=options.device, **loading)
         text = test_text(options, loaded, tokenizer)
         self.signs = gate_signs(loaded, text, options.sign_rows)
-        settings = CountingSettings(context_length=options.context_length, rule=options.rule)
+        settings = CountingSettings(
+            context_length=options.context_length, tokens_per_language=options.tokens, rule=options.rule
+        )
         corpus = open_corpus(options.corpus, lines=options.train, languages=options.languages)
         self.counts = count_activations(loaded, tokenizer, corpus, settings)
         (self.rule,) = parse_rules(options.rule)
