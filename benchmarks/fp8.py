@@ -2,10 +2,10 @@
 
     python -m benchmarks.fp8 [--json FILE] [--model DIR --corpus CORPUS --languages CODE ... --train LINES --test LINES]
 
-Without a model, a small one is trained on the built-in text first; all of it takes about 4 minutes on 2 cores. A row is
-a way to compute the same checkpoint, and is compared with bfloat16: how large a share of the gates of some tokens has
-another sign, and how far the neurons of each language agree (shared over all that either selects). The yardsticks are
-float32, which is as far from bfloat16 as that from the truth, and the two halves of the text, each counted in bfloat16.
+Without a model, a small one is trained on the built-in text first. A row is a way to compute the same checkpoint, and
+is compared with bfloat16: how large a share of the gates of some tokens has another sign, and how far the neurons of
+each language agree (shared over all that either selects). The yardsticks are float32, which is as far from bfloat16 as
+that from the truth, and the two halves of the text, each counted in bfloat16.
 """
 
 from __future__ import annotations
