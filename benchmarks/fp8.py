@@ -4,8 +4,8 @@
 
 Without a model, a small one is trained on the built-in text first. A row is a way to compute the same checkpoint, and
 is compared with bfloat16: how large a share of the gates of some tokens has another sign, and how far the neurons of
-each language agree (shared over all that either selects). The yardsticks are float32, which is as far from bfloat16 as
-that from the truth, and the two halves of the text, each counted in bfloat16.
+each language agree (shared over all that either selects). The yardsticks are float32, and how far the two halves of the
+text agree.
 """
 
 from __future__ import annotations
