@@ -131,7 +131,7 @@ def quantised_tiny_model(
     """``tiny_model`` as ``load_model`` quantises it, at the smallest size that bitsandbytes' blocks of 64 divide.
 
     Args:
-        kind: "nf4", "int8" or "torchao-int8".
+        kind: "nf4", "int8", "torchao-int8" or "fp8".
         model_type, dtype, hidden, model_arguments: as for ``tiny_model``, whose weights these are before quantisation;
             by default ``neurons`` is 128.
     """

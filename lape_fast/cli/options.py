@@ -104,7 +104,8 @@ Quantise = Annotated[
     str | None,
     typer.Option(
         "--quantise",
-        help="Load the projections as nf4 or int8 (bitsandbytes) or torchao-int8, to save memory; off by default.",
+        help="Load the projections as nf4 or int8 (bitsandbytes) or torchao-int8, to save memory, or as fp8, to save "
+        "time on Hopper and later; off by default.",
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", help="Where to write; nothing that exists is overwritten.")]

@@ -26,7 +26,7 @@ from lape_fast.identify.distributed import World
 from lape_fast.identify.merging import counted_shards
 from lape_fast.identify.prefetch import prefetch
 from lape_fast.identify.stability import UNKNOWN, is_stable, measure_stability
-from lape_fast.models import decoder, model_identity, tokenizer_hash, weights_hash
+from lape_fast.models import decoder, is_fp8, model_identity, tokenizer_hash, weights_hash
 from lape_fast.progress import log, progress_bar
 from lape_fast.text import Corpus, Packed, pack_for_model
 
@@ -99,7 +99,7 @@ def run_identity(model: nn.Module, tokenizer, corpus: Corpus, settings: Counting
     return {
         **model_identity(model),
         "weights_hash": weights_hash(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": "fp8" if is_fp8(model) else str(next(model.parameters()).dtype).removeprefix("torch."),
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "corpus": corpus.describe(),
         **chosen,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -164,6 +166,28 @@ class FFN:
     def project_down(self, h: torch.Tensor) -> torch.Tensor:
         """Applies the original output projection: [..., F] -> [..., D]."""
         return self._down(h)
+
+    def input_gradient(
+        self, part: Literal["gate", "up", "down"], grad: torch.Tensor, total: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """total + grad @ the weight of a part, in place where there is a total; by the product of fp8 where it is fp8.
+
+        Args:
+            part: which projection.
+            grad: dL/d its output, [..., F], or [..., D] for down.
+            total: what it is added to, [..., D], or [..., F] for down.
+        """
+        projection = {"gate": self._gate, "up": self._up, "down": self._down}[part]
+        kind = quantisation_of(projection)
+        if kind is not None and kind.input_gradient is not None:
+            first = self.neurons if self._layout.fused and part == "up" else 0
+            product = kind.input_gradient(projection, grad, slice(first, first + grad.shape[-1]))
+            return product if total is None else total.add_(product)
+        weight = getattr(self, f"{part}_weight").to(grad.dtype)
+        if total is None:
+            return grad @ weight
+        total.view(-1, total.shape[-1]).addmm_(grad.reshape(-1, grad.shape[-1]), weight)
+        return total
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         """The whole FFN by the model's own modules, whatever stands in their place: [..., D] -> [..., D]."""

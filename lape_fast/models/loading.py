@@ -78,13 +78,15 @@ def load_model(
         device: where the model goes; None means cuda where there is one, else cpu.
         quantise: how to store the projections: "nf4" or "int8" of bitsandbytes, or "torchao-int8"; all compute in
             ``dtype`` and need the extra ``lape-fast[quantise]``. A checkpoint that was saved quantised stays so.
+            "fp8" also computes in 8 bits, forward and backward, and wants a GPU with compute capability 8.9 or more
+            (the CPU computes the same, slowly).
 
     Returns:
         The ``AutoModelForCausalLM`` in eval mode, and its tokenizer.
 
     Raises:
         ConfigError: the model, its weights or its tokenizer cannot be found or read; dtype, device or quantise is
-            unknown; or what quantise needs is not installed.
+            unknown; what quantise needs is not installed, or the device does not have it.
         ArchitectureError: the table of FFN layouts lacks the architecture, its FFNs cannot be quantised so, or weights
             are missing from the checkpoint.
 

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from lape_fast.errors import ArchitectureError, ConfigError
+from lape_fast.models.fp8 import Fp8Linear, check_fp8, fp8_config
 from lape_fast.models.layouts import LAYOUTS, ExpertLayout
 
-# How load_model can quantise: the first two are bitsandbytes'.
-Quantise = Literal["nf4", "int8", "torchao-int8"]
+# How load_model can quantise: the first two are bitsandbytes'; fp8 needs no library.
+Quantise = Literal["nf4", "int8", "torchao-int8", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,14 @@ class Quantisation:
         name: for messages.
         matches: whether a module is of this kind.
         dense: reads a module's weight as [outputs, inputs], a fresh tensor in whatever dtype the kind computes it.
+        input_gradient: the kind's own product of dL/dy and the weight of a slice of outputs; None where the product
+            with ``dense`` is all there is.
     """
 
     name: str
     matches: Callable[[nn.Module], bool]
     dense: Callable[[Any], torch.Tensor]
+    input_gradient: Callable[[Any, torch.Tensor, slice], torch.Tensor] | None = None
 
 
 def _is_a(thing: Any, library: str, name: str) -> bool:
@@ -80,6 +84,7 @@ KINDS = (
     Quantisation("bitsandbytes NF4 or FP4", _is_4bit, _dense_4bit),
     Quantisation("bitsandbytes LLM.int8", _is_int8, _dense_int8),
     Quantisation("torchao int8 weight-only", _is_torchao_int8, _dense_torchao),
+    Quantisation("FP8", lambda module: isinstance(module, Fp8Linear), Fp8Linear.dense, Fp8Linear.input_gradient),
 )
 
 
@@ -145,6 +150,10 @@ def loading_options(
     compute = config.dtype or torch.float32 if dtype == "auto" else dtype
     if compute == torch.float64:
         raise ConfigError(f"A model cannot be quantised as {quantise} and compute in float64; choose a smaller dtype.")
+    if quantise == "fp8":
+        # Read on the CPU, so that the device never holds a weight and its rounded copy for more than one projection.
+        check_fp8(device)
+        return {"quantization_config": fp8_config()(device)}
     library = "torchao" if quantise == "torchao-int8" else "bitsandbytes"
     if importlib.util.find_spec(library) is None:
         raise ConfigError(

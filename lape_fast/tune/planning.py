@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lape_fast.errors import ConfigError
 from lape_fast.identify import NeuronSet
 from lape_fast.models import (
+    FP8_METHOD,
     Quantise,
     layout_of,
     load_config,
@@ -24,7 +25,7 @@ from lape_fast.models import (
 )
 from lape_fast.tune.policies import POLICIES
 from lape_fast.tune.subnetwork_ffn import Policy, SubnetworkFFN
-from lape_fast.tune.workload import MOMENTS, QUANTISED, Workload
+from lape_fast.tune.workload import MOMENTS, Workload
 
 GIB = 2**30
 
@@ -203,7 +204,7 @@ def plan(
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1.")
     _check_one_of("policy", policy, get_args(Policy))
-    _check_one_of("quantisation", quantise, QUANTISED)
+    _check_one_of("quantisation", quantise, get_args(Quantise))
     _check_one_of("device", device, ("cuda", "cpu"))
     gpu_name, usable = _find_gpu(gpu)
     source, config, model_dtype = _read_model(model, dtype)
@@ -293,8 +294,8 @@ def choose_policy(
         quantise=_quantisation_of(model.config),
         overlay=layers[0].overlay,
     )
-    # The first step begins without gradients, which may accumulate, and moments. The masters are there.
-    room = (1 - MARGIN) * free - MOMENTS * workload.gradients
+    # The first step begins without gradients, which may accumulate, moments and fp8's copies. The masters are there.
+    room = (1 - MARGIN) * free - MOMENTS * workload.gradients - workload.transposed
     return next((name for name in POLICIES[:-1] if max(workload.phases(name, rows).values()) <= room), POLICIES[-1])
 
 
@@ -331,6 +332,10 @@ def _read_model(model: Any, dtype: str | torch.dtype) -> tuple[str, Any, torch.d
     return source or config.model_type, config, chosen
 
 
+# What a config calls a method of quantising -> what it is here; bitsandbytes' says which in a setting.
+_METHODS = {"bitsandbytes": None, "torchao": "torchao-int8", FP8_METHOD: "fp8"}
+
+
 def _quantisation_of(config: Any) -> str | None:
     """How the weights of a checkpoint, or of a model that was loaded, are quantised."""
     stored = getattr(config, "quantization_config", None)
@@ -338,11 +343,11 @@ def _quantisation_of(config: Any) -> str | None:
         return None
     settings = stored if isinstance(stored, dict) else stored.to_dict()
     method = settings.get("quant_method")
-    if method not in ("bitsandbytes", "torchao"):
+    if method not in _METHODS:
         raise ConfigError(
             f"The model is quantised by {method}, which cannot be tuned; use one quantised by bitsandbytes."
         )
-    return "torchao-int8" if method == "torchao" else "nf4" if settings.get("load_in_4bit") else "int8"
+    return _METHODS[method] or ("nf4" if settings.get("load_in_4bit") else "int8")
 
 
 def _find_gpu(gpu: str | float | None) -> tuple[str | None, int | None]:

@@ -145,7 +145,7 @@ class _DownProjection(torch.autograd.Function):
         # The only node behind this one is the gated projection's, which takes it from there.
         call.grad_y = grad_y
         layer = call.layer
-        grad_h = grad_y @ layer.ffn.down_weight.to(grad_y.dtype)
+        grad_h = layer.ffn.input_gradient("down", grad_y)
         if _overlays(layer):
             grad_h[..., layer.neurons()] = grad_y @ _rounded(layer, 2, grad_y.dtype).T
         return grad_h, None
@@ -239,21 +239,11 @@ def _differentiate(
         if overlays:
             values[..., neurons] = 0
         # One at a time, for a quantised weight is made anew.
-        product = _add_product(grad_normed, values, ffn.up_weight if part else ffn.gate_weight)
+        grad_normed = ffn.input_gradient("up" if part else "gate", values, grad_normed)
         if overlays:
             columns = grads[:, part * selected : (part + 1) * selected]
-            product.view(-1, product.shape[-1]).addmm_(columns, _rounded(layer, part, columns.dtype))
-        grad_normed = product
+            grad_normed.view(-1, grad_normed.shape[-1]).addmm_(columns, _rounded(layer, part, columns.dtype))
     return grad_normed, _weight_gradients(layer, normed, hidden, grads, grad_y)
-
-
-def _add_product(total: Tensor | None, left: Tensor, weight: Tensor) -> Tensor:
-    """total + left @ weight, in place where there is a total."""
-    weight = weight.to(left.dtype)
-    if total is None:
-        return left @ weight
-    total.view(-1, total.shape[-1]).addmm_(left.reshape(-1, left.shape[-1]), weight)
-    return total
 
 
 def _weight_gradients(layer: SubnetworkFFN, normed: Tensor, hidden: Tensor, grads: Tensor, grad_y: Tensor):

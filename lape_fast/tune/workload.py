@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape_fast.models import decoder, dense_ffns, layout_of, supports_packing
+from lape_fast.models import Fp8Linear, decoder, dense_ffns, layout_of, quantise_layers, supports_packing
 from lape_fast.ops.linear_cross_entropy import CHUNK_ROWS
 from lape_fast.tune.policies import set_policies
 from lape_fast.tune.subnetwork import attach_subnetwork
@@ -26,7 +26,7 @@ CONTEXT_BYTES = 3 * 2**30 // 4
 MOMENTS = 2
 
 # Quantisation -> the bytes of a weight [N, M]: bitsandbytes' NF4 has an fp32 scale per 64 weights and its int8 one per
-# row, torchao's int8 also a zero point per row.
+# row, torchao's int8 also a zero point per row. FP8 is built of meta tensors and counted.
 QUANTISED: dict[str, Callable[[int, int], int]] = {
     "nf4": lambda rows, columns: -(-rows * columns // 2) + 4 * -(-rows * columns // 64),
     "int8": lambda rows, columns: rows * columns + 4 * rows,
@@ -60,6 +60,7 @@ class Workload:
         trained_weights: of these neurons.
         gradients: their bytes.
         packed: whether attention needs a mask.
+        transposed: bytes of the copies that fp8 weights get in the first backward pass, and keep.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class Workload:
         overlay: bool,
     ):
         self.model = build_on_meta(config, dtype)
+        if quantise == "fp8":
+            quantise_layers(self.model)
         self.dtype, self.rows, self.context_length, self.device = dtype, rows, context_length, device
         self.accumulates, self.quantise = accumulates, quantise
         ffns = dense_ffns(self.model)
@@ -92,6 +95,11 @@ class Workload:
         self.trained_weights = subnetwork.trainable()
         self.gradients = _bytes(subnetwork.parameters())
         self.trace = functools.cache(self._trace)
+        # The layers that gradients go through get them.
+        if quantise == "fp8":
+            self._trace("recompute", 1)
+        copies = [module.transposed for module in self.model.modules() if isinstance(module, Fp8Linear)]
+        self.transposed = _bytes([copy for copy in copies if copy is not None])
 
     def resident(self) -> dict[str, int]:
         """What stays between steps, by name."""
@@ -100,7 +108,7 @@ class Workload:
         indices = [value for named in buffers for name, value in named.items() if name in ("neurons", "slots")]
         context = {"CUDA context": CONTEXT_BYTES} if self.device == "cuda" else {}
         return {
-            "weights": self._base,
+            "weights": self._base + self.transposed,
             "masters": self.gradients,
             "originals": _bytes(originals),
             "indices": _bytes(indices),
@@ -112,7 +120,8 @@ class Workload:
         """The most that each part of a step adds to what is resident."""
         trace = self._between(policy, rows)
         # Two of a quantised FFN's weights are there at once in backward, through a copy in fp32 for int8.
-        dense = self._widest * (2 * self.dtype.itemsize + 4 * (self.quantise == "int8")) if self.quantise else 0
+        dense = self._widest * (2 * self.dtype.itemsize + 4 * (self.quantise == "int8"))
+        dense *= self.quantise in QUANTISED
         before = self.gradients if self.accumulates else 0
         return {
             "forward": trace.forward + dense + before,
@@ -160,7 +169,7 @@ def _base_bytes(model: nn.Module, quantise: str | None) -> int:
     total = _bytes([*model.parameters(), *model.buffers()])
     # The decoder's layers alone are quantised, never the embeddings or the head.
     layers = decoder(model).get_submodule(layout_of(model).layers)
-    for module in layers.modules() if quantise else ():
+    for module in layers.modules() if quantise in QUANTISED else ():
         if isinstance(module, (nn.Linear, Conv1D)):
             rows, columns = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
             total += QUANTISED[quantise](rows, columns) - module.weight.nbytes

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lape_fast.ops import ACTIVATIONS, gated_activation, gated_activation_backward, indexed_adamw_
+from lape_fast.ops import ACTIVATIONS, gated_activation, gated_activation_backward, indexed_adamw_, quantise_rows
 
 
 class Case(NamedTuple):
@@ -78,6 +78,22 @@ class UpdateCase(NamedTuple):
         parts = [(weight, neurons, *each) for weight, each in zip(weights, operands, strict=True)]
         clip = values() if self.clipped else None
         kernel.launch(parts, clip, self.lr, 0.9, 0.999, 1e-8, self.weight_decay, self.step)
+
+
+class RowsCase(NamedTuple):
+    """One launch of the kernel that rounds rows to fp8, by what changes its code."""
+
+    dtype: torch.dtype
+    scaled: bool
+    tokens: int = 4096
+    width: int = 14336
+
+    def launch(self) -> None:
+        """Launches on meta tensors of these sizes."""
+        from lape_fast.kernels import quantise_rows as kernel
+
+        columns = torch.empty(self.width, device="meta") if self.scaled else None
+        kernel.launch(torch.empty(self.tokens, self.width, dtype=self.dtype, device="meta"), columns)
 
 
 class Compiled(NamedTuple):
@@ -177,6 +193,11 @@ def launch_update(lists: list[list[Tensor]], step: int) -> list[list[Tensor]]:
     return lists
 
 
+def quantise(x: Tensor, column_scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The public function on the Triton backend."""
+    return quantise_rows(x, column_scales, backend="triton")
+
+
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
     """Fills uninitialised floating-point tensors with NaN, so that an output nobody wrote is seen."""
@@ -194,7 +215,7 @@ def poisoned_outputs() -> Iterator[None]:
         yield
 
 
-def launches(case: Case | UpdateCase, arch: int) -> dict:
+def launches(case: Case | UpdateCase | RowsCase, arch: int) -> dict:
     """What a real launch of the case hands to Triton's compiler: the arguments' types, constants and alignments."""
     from triton import knobs
     from triton.runtime.driver import driver
@@ -213,12 +234,12 @@ def launches(case: Case | UpdateCase, arch: int) -> dict:
     return launch
 
 
-def cache_key(case: Case | UpdateCase) -> str:
+def cache_key(case: Case | UpdateCase | RowsCase) -> str:
     """The key under which Triton keeps the compiled kernel: another key is another compilation."""
     return str(launches(case, arch=90)["key"])
 
 
-def compile_case(case: Case | UpdateCase, arch: int) -> Compiled:
+def compile_case(case: Case | UpdateCase | RowsCase, arch: int) -> Compiled:
     """Compiles the kernel of a case down to machine code for compute capability arch / 10."""
     import triton
 
@@ -286,16 +307,19 @@ def _start_interpreter() -> None:
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
     from triton.runtime import interpreter
 
-    interpreter._convert_float = _converting_bfloat16_as_gpus_do(interpreter._convert_float)
+    interpreter._convert_float = _converting_as_gpus_do(interpreter._convert_float)
 
 
-def _converting_bfloat16_as_gpus_do(convert: Callable) -> Callable:
-    # The interpreter of Triton 3.9 cuts off the digits that do not fit into bf16; GPUs round to nearest even.
+def _converting_as_gpus_do(convert: Callable) -> Callable:
+    # The interpreter of Triton 3.9 cuts off the digits that do not fit into bf16 and e4m3, and makes a number of e4m3's
+    # NaN; GPUs round to nearest even.
     def convert_float(values, input_dtype, output_dtype, rounding_mode):
-        if not (input_dtype.is_fp32() and output_dtype.is_bf16()):
+        if not input_dtype.is_fp32() or not (output_dtype.is_bf16() or output_dtype.is_fp8e4nv()):
             return convert(values, input_dtype, output_dtype, rounding_mode)
-        rounded = torch.from_numpy(values.copy()).to(torch.bfloat16)
-        return rounded.view(torch.int16).numpy().view("uint16")
+        wide = torch.from_numpy(values.copy())
+        if output_dtype.is_bf16():
+            return wide.to(torch.bfloat16).view(torch.int16).numpy().view("uint16")
+        return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
     return convert_float
 

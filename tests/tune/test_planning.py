@@ -14,7 +14,7 @@ from peft import get_peft_model
 from benchmarks.measure import peak_bytes, saved_bytes
 from lape_fast.errors import ArchitectureError, ConfigError, LanguageError, TrainingError
 from lape_fast.identify import NeuronSet
-from lape_fast.models import decoder, find_ffns, layout_of, without_logits
+from lape_fast.models import decoder, find_ffns, layout_of, quantise_layers, without_logits
 from lape_fast.models.layouts import LAYOUTS
 from lape_fast.terminal import print_plan
 from lape_fast.tune import SubnetworkConfig, attach_subnetwork, measured_peak, plan
@@ -256,6 +256,41 @@ def test_a_quantised_model_is_planned_as_it_was_loaded_and_decides_for_itself(mo
     monkeypatch.setattr("lape_fast.tune.policies.free_bytes", lambda device: 0)
     model(**batch()).loss.backward()
     assert policies_of(model) == ["save", "checkpoint"]
+
+
+def test_a_model_in_fp8_is_planned_with_the_copies_that_its_gradients_need(monkeypatch):
+    model = quantised_tiny_model("fp8", layers=3).train()
+    made = planned(model)
+    plain = tiny_model("llama", hidden=64, neurons=128, layers=3, dtype=torch.bfloat16)
+    assert made.training["quantise"] == "fp8"
+    assert made.resident == planned(plain, quantise="fp8").resident
+    subnetwork = attach_subnetwork(model, [torch.arange(size) for size in SIZES], "auto")
+    monkeypatch.setattr("lape_fast.tune.policies.free_bytes", lambda device: 0)
+    model(**batch()).loss.backward()
+    assert policies_of(model) == ["save", "checkpoint"]
+    # By now there are no gradients in the lowest layer, which trains nothing.
+    trained = set(map(id, subnetwork.parameters()))
+    base = [value for value in model.parameters() if id(value) not in trained]
+    selections = {id(value) for layer in subnetwork.layers for value in layer.selections.buffers()}
+    base += [value for value in model.buffers() if id(value) not in selections]
+    assert made.resident["weights"] == nbytes(base)
+
+
+@pytest.mark.parametrize("policy", ["save", "recompute", "checkpoint"])
+def test_the_trace_in_fp8_is_that_of_a_real_step(policy):
+    model = quantised_tiny_model("fp8", layers=3).train()
+    meta = quantise_layers(build_on_meta(model.config, torch.bfloat16))
+    for each in (model, meta):
+        attach_subnetwork(each, [torch.arange(size) for size in SIZES], policy)
+    inputs = inputs_of(model, packed=False)
+    with without_logits(model):
+        # The first step also makes the copies.
+        for _ in range(2):
+            real = trace_calls(model, {**inputs, "labels": inputs["input_ids"]}, contextlib.nullcontext())
+            model.zero_grad()
+    for _ in range(2):
+        traced = trace_step(meta, ROWS, LENGTH, packed=False, device="cpu")
+    assert traced == real
 
 
 @pytest.mark.parametrize(("implementation", "mask"), [("sdpa", True), ("flash_attention_2", False)])
