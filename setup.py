@@ -82,7 +82,7 @@ setup(
     package_data={
         "lape_fast.text": ["*.tsv"],
         "lape_fast.identify": ["templates/*"],
-        "lape_fast.report": ["templates/*"],
+        "lape_fast.report": ["templates/*", "templates/atlas/*"],
     },
     install_requires=REQUIREMENTS,
     extras_require={**EXTRAS, "test": TEST_REQUIREMENTS + [each for extra in EXTRAS.values() for each in extra]},

@@ -14,7 +14,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from lape_fast import __version__
-from lape_fast.cli import identify, publish, study, tour, tune
+from lape_fast.cli import atlas, identify, publish, study, tour, tune
 from lape_fast.errors import LapeFastError, StoppedError
 
 # Commands import what they use: torch and transformers take seconds, and `--help` should not.
@@ -59,6 +59,7 @@ COMMANDS = (
     study.ablate,
     tune.merge,
     publish.publish,
+    atlas.atlas,
     identify.convert,
     tour.corpora,
     tour.info,

@@ -1,5 +1,6 @@
 """Reporting what was found: figures, and one self-contained page."""
 
+from lape_fast.report.atlas import render_atlas
 from lape_fast.report.figures import (
     ablation_heatmap,
     figure_svg,
@@ -23,6 +24,7 @@ __all__ = [
     "learning_curve",
     "neurons_by_layer",
     "neurons_per_language",
+    "render_atlas",
     "render_report",
     "save_figure",
 ]
