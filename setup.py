@@ -31,7 +31,7 @@ EXTRAS = {
     "trl": ["trl>=1.16"],
     "liger": ["liger-kernel>=0.8"],
 }
-TEST_REQUIREMENTS = ["ninja", "pybind11", "pytest", "pytest-benchmark", "pytest-timeout", "ruff"]
+TEST_REQUIREMENTS = ["ninja", "playwright", "pybind11", "pytest", "pytest-benchmark", "pytest-timeout", "ruff"]
 
 # The kernels choose their instruction set when they run, so no flag depends on the machine that builds. Nobody reads
 # errno or floating-point traps, and without them the compiler may turn a branch into a select.
