@@ -37,9 +37,11 @@ COMMANDS = [
     "ablate",
     "merge",
     "publish",
+    "atlas",
     "convert",
     "corpora",
     "info",
+    "doctor",
     "demo",
 ]
 
@@ -480,3 +482,11 @@ def test_the_version_is_the_packages():
     import lape_fast
 
     assert run("--version").strip() == lape_fast.__version__
+
+
+def test_atlas_writes_a_page_of_what_identify_found(workplace, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "atlas.html"
+    files = [workplace / "out" / f"{name}.safetensors" for name in ("neurons", "counts")]
+    facts = json.loads(run("atlas", *files, "--output", page, "--json"))
+    assert facts["languages"] == len(TEXTS) and page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert "exists already" in failure(monkeypatch, capsys, "atlas", *files, "--output", page)

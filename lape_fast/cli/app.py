@@ -63,6 +63,7 @@ COMMANDS = (
     identify.convert,
     tour.corpora,
     tour.info,
+    tour.doctor,
     tour.demo,
 )
 for command in COMMANDS:
