@@ -6,13 +6,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format setup bench gpu tables maltese rules languages clean
+.PHONY: demo test test-browser chromium lint format setup bench gpu tables maltese rules languages clean
 
 demo: setup
 	$(BIN)/lape-fast demo
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The atlas and the reports in a real browser; on Debian and Ubuntu this installs it.
+test-browser: setup chromium
+	$(BIN)/python -m pytest tests/browser
+
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	  { apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends chromium fonts-dejavu-core; }
 
 lint: setup
 	$(BIN)/ruff check .
@@ -32,6 +40,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.adapter --json benchmarks/results/cpu/adapter.json
 	$(BIN)/python -m benchmarks.select --json benchmarks/results/cpu/select.json
 	$(BIN)/python -m benchmarks.identify --json benchmarks/results/cpu/identify.json
+	$(BIN)/python -m benchmarks.atlas --json benchmarks/results/cpu/atlas.json
 	$(BIN)/python -m pytest benchmarks/ops --benchmark-columns=median,iqr --benchmark-sort=name
 
 # Everything on one GPU, in stages of a few minutes that go on where they ended; without the set-up, from a python3 that

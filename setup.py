@@ -32,7 +32,7 @@ EXTRAS = {
     "liger": ["liger-kernel>=0.8"],
     "evaluate": ["lm_eval>=0.4.13", "sacrebleu>=2.6"],
 }
-TEST_REQUIREMENTS = ["ninja", "pybind11", "pytest", "pytest-benchmark", "pytest-timeout", "ruff"]
+TEST_REQUIREMENTS = ["ninja", "playwright", "pybind11", "pytest", "pytest-benchmark", "pytest-timeout", "ruff"]
 
 # The kernels choose their instruction set when they run, so no flag depends on the machine that builds. Nobody reads
 # errno or floating-point traps, and without them the compiler may turn a branch into a select.
@@ -83,7 +83,7 @@ setup(
     package_data={
         "lape_fast.text": ["*.tsv"],
         "lape_fast.identify": ["templates/*"],
-        "lape_fast.report": ["templates/*"],
+        "lape_fast.report": ["templates/*", "templates/atlas/*"],
     },
     install_requires=REQUIREMENTS,
     extras_require={**EXTRAS, "test": TEST_REQUIREMENTS + [each for extra in EXTRAS.values() for each in extra]},

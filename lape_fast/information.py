@@ -17,6 +17,11 @@ from lape_fast.tune import describe_adapter
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "peft", "accelerate", "safetensors")
 
+# What only some commands need, and the extra that brings it.
+OPTIONAL = {"bitsandbytes": "quantise", "torchao": "quantise", "trl": "trl", "liger-kernel": "liger"}
+
+BUILD = "pip install --no-build-isolation -e . builds the native code"
+
 # What is needed of an ablation to print it beside its neurons.
 ABLATION_FIELDS = {"neurons_fingerprint", "selectivity", "mean_selectivity"}
 
@@ -96,16 +101,17 @@ def describe_installation() -> dict[str, Any]:
     return {
         "lape_fast": __version__,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name, name) for name in PACKAGES},
+        "optional": {name: _version(name, f"'lape-fast[{extra}]'") for name, extra in OPTIONAL.items()},
         "gpus": devices,
         "cpu_threads": torch.get_num_threads(),
-        "cpu_backend": "cpp" if EXTENSION_LOADED else "reference: build the extension for speed",
-        "gpu_backend": "triton" if devices else "none: no CUDA device",
+        "cpu_backend": "cpp" if EXTENSION_LOADED else f"reference, which is slow: {BUILD}",
+        "gpu_backend": "triton" if devices else "none: torch sees no CUDA device",
     }
 
 
-def _version(package: str) -> str:
+def _version(package: str, source: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return f"missing: pip install {package}"
+        return f"missing: pip install {source}"

@@ -40,9 +40,11 @@ COMMANDS = [
     "steer",
     "merge",
     "publish",
+    "atlas",
     "convert",
     "corpora",
     "info",
+    "doctor",
     "demo",
 ]
 
@@ -566,3 +568,11 @@ def test_methods_are_compared_on_one_base(workplace):
 def test_wrong_methods_are_refused_before_a_model_is_loaded(options, message, workplace, monkeypatch, capsys):
     command = ["tune", "--model", workplace / "nowhere", "--language", "mt", "--output", workplace / "none", *options]
     assert message in " ".join(failure(monkeypatch, capsys, *command).split())
+
+
+def test_atlas_writes_a_page_of_what_identify_found(workplace, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "atlas.html"
+    files = [workplace / "out" / f"{name}.safetensors" for name in ("neurons", "counts")]
+    facts = json.loads(run("atlas", *files, "--output", page, "--json"))
+    assert facts["languages"] == len(TEXTS) and page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert "exists already" in failure(monkeypatch, capsys, "atlas", *files, "--output", page)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from lape_fast import __version__
-from lape_fast.cli import analyses, identify, publish, study, tour, tune
+from lape_fast.cli import analyses, atlas, identify, publish, study, tour, tune
 from lape_fast.errors import LapeFastError, StoppedError
 
 # Commands import what they use: torch and transformers take seconds, and `--help` should not.
@@ -62,9 +62,11 @@ COMMANDS = (
     analyses.steer,
     tune.merge,
     publish.publish,
+    atlas.atlas,
     identify.convert,
     tour.corpora,
     tour.info,
+    tour.doctor,
     tour.demo,
 )
 for command in COMMANDS:

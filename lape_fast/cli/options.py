@@ -157,6 +157,14 @@ def load(model: str, dtype: str, device: str | None, *, quantise: str | None = N
     return load_sharded_model(model, dtype=dtype, device=device)
 
 
+def number_or_name(gpu: str | None) -> float | str | None:
+    """A GPU as it was given: its GiB, or its name."""
+    try:
+        return None if gpu is None else float(gpu)
+    except ValueError:
+        return gpu
+
+
 def split_codes(languages: str | None) -> list[str] | None:
     """Codes that were given with commas between them; None where none were."""
     return [language.strip() for language in languages.split(",") if language.strip()] if languages else None

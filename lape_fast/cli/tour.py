@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lape_fast.cli.options import Json
-from lape_fast.terminal import print_counts, print_facts, print_json, print_neuron_table
+from lape_fast.cli.options import Dtype, Json, note, number_or_name
+from lape_fast.terminal import print_counts, print_facts, print_json, print_neuron_table, print_plan
 
 
 def info(
@@ -34,6 +34,35 @@ def info(
         print_counts(file, facts, as_json)
     else:
         print_facts(file or "lape_fast", facts, as_json)
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a causal language model.")],
+    dtype: Dtype = "auto",
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Plan for a GPU by name, or for so many GiB; this machine's by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look at a model before it is loaded: its layout, its neurons, its files, and the memory that tuning would take.
+
+    The plan is of 1 % of the neurons and one row of up to 4,096 tokens.
+
+    Example: lape-fast doctor meta-llama/Llama-3.1-8B --gpu 24
+    """
+    from lape_fast.doctor import examine_model
+
+    found, plan = examine_model(model, dtype=dtype, gpu=number_or_name(gpu))
+    if as_json:
+        print_json({**found, "plan": plan and plan.to_dict()})
+    else:
+        print_facts(model, {name: value for name, value in found.items() if name != "problems"}, as_json)
+        if plan:
+            print_plan(plan, as_json)
+        for problem in found["problems"]:
+            note(problem)
+    if found["problems"]:
+        raise typer.Exit(1)
 
 
 def corpora(as_json: Json = False) -> None:

@@ -23,6 +23,7 @@ from lape_fast.cli.options import (
     TextColumn,
     load,
     note,
+    number_or_name,
     open_text,
 )
 from lape_fast.errors import ConfigError
@@ -150,7 +151,7 @@ def tune(
             rows_per_pass=rows_per_pass,
             context_length=context_length,
             policy=policy,
-            gpu=_number_or_name(gpu),
+            gpu=number_or_name(gpu),
             quantise=quantise,
             dtype=dtype,
         )
@@ -236,10 +237,3 @@ def _bits_per_byte(model, tokenizer, corpus, context_length: int):
     from lape_fast.study import bits_per_byte, prepare_text
 
     return functools.partial(bits_per_byte, text=prepare_text(model, tokenizer, corpus, context_length=context_length))
-
-
-def _number_or_name(gpu: str | None) -> float | str | None:
-    try:
-        return None if gpu is None else float(gpu)
-    except ValueError:
-        return gpu

@@ -1,6 +1,7 @@
 """Reporting what was found: figures, and one self-contained page."""
 
 from lape_fast.report.analyses import alignment_curves, steered_languages, weight_change_map
+from lape_fast.report.atlas import render_atlas
 from lape_fast.report.dynamics import training_dynamics
 from lape_fast.report.figures import (
     ablation_heatmap,
@@ -26,6 +27,7 @@ __all__ = [
     "learning_curve",
     "neurons_by_layer",
     "neurons_per_language",
+    "render_atlas",
     "render_report",
     "save_figure",
     "steered_languages",

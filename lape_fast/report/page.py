@@ -13,6 +13,7 @@ from lape_fast.files import write_text
 from lape_fast.report.canvas import figure_svg
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from matplotlib.figure import Figure
 
 TEMPLATE = "report.html.j2"
@@ -94,9 +95,15 @@ def render_report(output: str | os.PathLike, *, title: str, lead: str, sections:
         >>> sections = [Section("Scores", ["On 200 sentences."], table=table)]
         >>> render_report("report.html", title="Maltese", lead="It improved.", sections=sections)
     """
+    page = environment().get_template(TEMPLATE).render(title=title, lead=lead, sections=list(sections))
+    write_text(output, page)
+
+
+def environment() -> Environment:
+    """What renders the templates of this package: everything is escaped unless a template says otherwise."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("lape_fast.report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -104,5 +111,3 @@ def render_report(output: str | os.PathLike, *, title: str, lead: str, sections:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    page = environment.get_template(TEMPLATE).render(title=title, lead=lead, sections=list(sections))
-    write_text(output, page)
