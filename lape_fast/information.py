@@ -18,7 +18,13 @@ from lape_fast.tune import describe_adapter
 PACKAGES = ("torch", "triton", "transformers", "datasets", "peft", "accelerate", "safetensors")
 
 # What only some commands need, and the extra that brings it.
-OPTIONAL = {"bitsandbytes": "quantise", "torchao": "quantise", "trl": "trl", "liger-kernel": "liger"}
+OPTIONAL = {
+    "bitsandbytes": "quantise",
+    "torchao": "quantise",
+    "lm_eval": "evaluate",
+    "trl": "trl",
+    "liger-kernel": "liger",
+}
 
 BUILD = "pip install --no-build-isolation -e . builds the native code"
 

@@ -21,6 +21,7 @@ def atlas(
         Path, typer.Option("--output", help="HTML file to write; nothing that exists is overwritten.")
     ] = Path("atlas.html"),
     ablation: Annotated[Path | None, typer.Option("--ablation", help="JSON file of ablate.")] = None,
+    alignment: Annotated[Path | None, typer.Option("--alignment", help="JSON file of align.")] = None,
     title: Annotated[str | None, typer.Option("--title", help="Of the page; names the model by default.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -32,7 +33,7 @@ def atlas(
     from lape_fast.files import refuse_existing
     from lape_fast.identify import ActivationCounts, NeuronSet
     from lape_fast.report import render_atlas
-    from lape_fast.study import AblationMatrix
+    from lape_fast.study import AblationMatrix, Alignment
 
     refuse_existing(output)
     chosen = NeuronSet.load(neurons)
@@ -41,6 +42,7 @@ def atlas(
         chosen,
         ActivationCounts.load(counts) if counts else None,
         ablation=AblationMatrix.load(ablation) if ablation else None,
+        alignment=Alignment.load(alignment) if alignment else None,
         title=title,
     )
     facts = {

@@ -5,21 +5,28 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
 from typing import Any
 
-from lape_fast.errors import ShapeError
 from lape_fast.files import write_text
 from lape_fast.identify import ActivationCounts, NeuronSet
 from lape_fast.report.atlas_data import pack_atlas
+from lape_fast.report.figures import language_label
 from lape_fast.report.page import environment
-from lape_fast.study import AblationMatrix
+from lape_fast.study import AblationMatrix, Alignment
 
 TEMPLATE = "atlas.html.j2"
 # In the order in which the page runs them.
 SCRIPTS = ("data", "draw", "figures", "table", "views", "app")
 STYLES = ("style.css", "atlas.css")
+
+# Of the alignment: title, the measures that are averaged, and the baseline.
+CHARTS = (
+    ("Cosine", ("cosine",), "cosine_misaligned"),
+    ("Linear CKA", ("cka",), "cka_misaligned"),
+    ("Retrieval accuracy", ("retrieval_from_target", "retrieval_to_target"), None),
+)
 
 # What would end a script element, or a line of JavaScript, inside a JSON string.
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -31,7 +38,7 @@ def render_atlas(
     counts: ActivationCounts | None = None,
     *,
     ablation: AblationMatrix | None = None,
-    alignment: Mapping[str, Any] | None = None,
+    alignment: Alignment | None = None,
     title: str | None = None,
 ) -> None:
     """Writes the atlas of a neuron set as one HTML file, atomically; it loads nothing, and all text in it is escaped.
@@ -41,8 +48,7 @@ def render_atlas(
         neurons: of G languages.
         counts: what the neurons were selected from; adds activation probabilities, entropies, tokens and stability.
         ablation: what switching each language's neurons off cost.
-        alignment: the curves of ``AlignmentCurves.chart()``: "title", "x", "y" and a list of "series", each with a
-            "name" and "values".
+        alignment: how alike the states of translations are, layer by layer.
         title: of the page; names the model by default.
 
     Raises:
@@ -54,7 +60,11 @@ def render_atlas(
     """
     header, blocks = pack_atlas(neurons, counts)
     header["ablation"] = ablation and _ablation(ablation, header["languages"])
-    header["alignment"] = alignment and _checked(alignment)
+    header["alignment"] = alignment and {
+        "target": language_label(alignment.target),
+        "sentences": alignment.sentences,
+        "charts": _alignment(alignment),
+    }
     header["title"] = title or f"Language neurons of {neurons.metadata.get('model') or 'a language model'}"
     jinja = environment()
     style = "".join(_source(jinja, name) for name in STYLES)
@@ -84,17 +94,35 @@ def _ablation(matrix: AblationMatrix, languages: list[dict[str, Any]]) -> dict[s
     return {
         "rows": [matrix.ablated[number] for number in rows],
         "columns": [matrix.evaluated[number] for number in columns],
-        # Four digits of a bit are more than a colour shows.
-        "cost": [[round(value, 4) if value == value else None for value in row] for row in cost.tolist()],
+        "cost": [_rounded(row) for row in cost.tolist()],
     }
 
 
-def _checked(alignment: Mapping[str, Any]) -> Mapping[str, Any]:
-    series = alignment["series"]
-    lengths = {len(each["values"]) for each in series}
-    if len(lengths) != 1:
-        raise ShapeError(f"The alignment curves have {sorted(lengths)} layers; give every curve as many.")
-    return alignment
+def _alignment(alignment: Alignment) -> list[dict[str, Any]]:
+    """A chart per measure: over the layers, every stage against the pivot, all languages and misaligned sentences."""
+    pivot = language_label(alignment.pivot)
+    charts = []
+    for title, names, baseline in CHARTS:
+        series = []
+        for stage in alignment.stages:
+            curves = {
+                pivot: sum(alignment.to_pivot(name, stage) for name in names) / len(names),
+                f"mean of {len(alignment.languages):,} languages": sum(alignment.mean(name, stage) for name in names)
+                / len(names),
+            }
+            if baseline:
+                curves["misaligned sentences"] = alignment.mean(baseline, stage)
+            series += [
+                {"name": f"{stage}: {name}", "group": stage, "style": style, "values": _rounded(curve.tolist())}
+                for style, (name, curve) in enumerate(curves.items())
+            ]
+        charts.append({"title": title, "series": series})
+    return charts
+
+
+def _rounded(values: list[float]) -> list[float | None]:
+    # JSON has no NaN.
+    return [round(value, 5) if math.isfinite(value) else None for value in values]
 
 
 def _source(jinja: Any, name: str) -> str:

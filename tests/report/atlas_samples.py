@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import zlib
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 
 from lape_fast.identify import ActivationCounts, Lape, NeuronSet, select_neurons
+from lape_fast.study import Alignment
+from lape_fast.study.alignment import MEASURES
 from tests.report.samples import codes
 
 LAYERS, WIDTH, TOKENS = 6, 256, 10_000
@@ -44,6 +47,14 @@ def sample(number: int = 12) -> tuple[NeuronSet, ActivationCounts]:
     """So many languages of the built-in corpus, with neurons and the counts they were selected from."""
     counts = counts_of(codes(number))
     return select_neurons(counts, Lape(top_rate=0.1, filter_rate=0.9, activation_bar=0.9)), counts
+
+
+def alignment_of(languages: list[str], stages: tuple[str, ...], layers: int) -> Alignment:
+    """Maltese against the first language given, English, and the others; every value differs."""
+    languages = ["eng_Latn", *languages[1:]]
+    shape = (len(stages), len(languages), layers, len(MEASURES))
+    values = torch.linspace(0.1, 0.9, math.prod(shape), dtype=torch.float64).view(shape)
+    return Alignment("mlt_Latn", "eng_Latn", stages, tuple(languages), 200, values)
 
 
 def read_atlas(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from lape_fast.errors import ArchitectureError, LanguageError, SelectionError, ShapeError
+from lape_fast.errors import ArchitectureError, LanguageError, SelectionError
 from lape_fast.identify import NeuronSet
 from lape_fast.report import render_atlas
 from lape_fast.report.clustering import average_linkage
-from tests.report.atlas_samples import LAYERS, WIDTH, counts_of, read_atlas, sample
+from tests.report.atlas_samples import LAYERS, WIDTH, alignment_of, counts_of, read_atlas, sample
 from tests.report.samples import matrix_of
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -157,9 +157,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
         render_atlas(path, neurons, counts_of(neurons.languages, LAYERS, WIDTH // 2))
     with pytest.raises(SelectionError, match="nothing to show"):
         render_atlas(path, NeuronSet.from_lists({"mlt_Latn": [[]]}, 16))
-    with pytest.raises(ShapeError, match="as many"):
-        series = [{"name": "a", "values": [1, 2]}, {"name": "b", "values": [1]}]
-        render_atlas(path, neurons, alignment={"title": "t", "x": "Layer", "y": "y", "series": series})
     assert not path.exists()
 
 
@@ -175,3 +172,15 @@ def test_the_ablation_keeps_its_numbers_in_the_order_of_the_languages(tmp_path):
         for column, other in enumerate(order):
             expected = cost[neurons.languages.index(language), neurons.languages.index(other)].item()
             assert header["ablation"]["cost"][row][column] == pytest.approx(expected, abs=5e-5)
+
+
+def test_the_alignment_keeps_its_curves(tmp_path):
+    alignment = alignment_of(["mlt_Latn", "deu_Latn"], ("base", "tuned"), layers=4)
+    render_atlas(tmp_path / "atlas.html", sample(3)[0], alignment=alignment)
+    charts = {each["title"]: each["series"] for each in read_atlas(tmp_path / "atlas.html")[0]["alignment"]["charts"]}
+    cosine = {each["name"]: each["values"] for each in charts["Cosine"]}
+    assert cosine["tuned: English"] == pytest.approx(alignment.to_pivot("cosine", "tuned").tolist(), abs=1e-5)
+    assert cosine["base: misaligned sentences"] == pytest.approx(alignment.mean("cosine_misaligned").tolist(), abs=1e-5)
+    both = (alignment.mean("retrieval_from_target") + alignment.mean("retrieval_to_target")) / 2
+    retrieval = {each["name"]: each["values"] for each in charts["Retrieval accuracy"]}
+    assert retrieval["base: mean of 2 languages"] == pytest.approx(both.tolist(), abs=1e-5)

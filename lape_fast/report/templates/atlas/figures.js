@@ -119,9 +119,11 @@ function barChart({ rows, legend = [], unit }) {
   };
 }
 
-// Curves over layers. series: {name, values}; a name that ends in "(before)" is drawn dashed in its partner's colour.
-function lineChart({ series, x, y }) {
-  const [width, height, left, top] = [620, 320, 54, 14 + 18 * series.length];
+const DASHES = [[], [7, 4], [2, 3]];
+
+// Curves over layers. series: {name, group, style, values}: a colour per group, a dash per style.
+function lineChart({ series, y }) {
+  const [width, height, left, top] = [620, 300, 54, 14 + 18 * series.length];
   const values = series.flatMap((each) => each.values).filter((value) => value !== null);
   const low = Math.min(0, ...values);
   const high = Math.max(...values, low + 1e-9);
@@ -130,15 +132,14 @@ function lineChart({ series, x, y }) {
     left + ((width - left - 20) * position) / Math.max(1, count - 1),
     top + (height * (high - value)) / (high - low),
   ];
-  const base = (name) => name.replace(/ \((before|after)\)$/, "");
-  const bases = [...new Set(series.map((each) => base(each.name)))];
-  const colour = (name) => PALETTE[bases.indexOf(base(name)) % PALETTE.length];
+  const groups = [...new Set(series.map((each) => each.group))];
+  const pen = ({ group, style }) => [PALETTE[groups.indexOf(group) % PALETTE.length], 2, DASHES[style]];
   return {
     width,
     height: top + height + 40,
     rows: series.length,
     columns: count,
-    describe: (row, column) => `${series[row].name}, ${x} ${column}: ${number(series[row].values[column], 3)}`,
+    describe: (row, column) => `${series[row].name}, layer ${column}: ${number(series[row].values[column], 3)}`,
     box(row, column) {
       const [centre, middle] = at(column, series[row].values[column] ?? low);
       return [centre - 5, middle - 5, 10, 10];
@@ -152,8 +153,7 @@ function lineChart({ series, x, y }) {
     },
     draw(surface, { text, quiet, line }) {
       series.forEach((each, row) => {
-        const dash = each.name.endsWith("(before)") ? [5, 4] : [];
-        surface.path([[left, 10 + 18 * row], [left + 26, 10 + 18 * row]], colour(each.name), 2, dash);
+        surface.path([[left, 10 + 18 * row], [left + 26, 10 + 18 * row]], ...pen(each));
         surface.text(each.name, left + 33, 10 + 18 * row, { colour: text });
       });
       for (let tick = 0; tick <= 4; tick += 1) {
@@ -164,12 +164,11 @@ function lineChart({ series, x, y }) {
       for (let layer = 0; layer < count; layer += Math.ceil(count / 12)) {
         surface.text(String(layer), at(layer, low)[0], top + height + 12, { colour: quiet, align: "center", size: 11 });
       }
-      surface.text(x, left, top + height + 30, { colour: quiet });
+      surface.text("Layer (0: embeddings)", left, top + height + 30, { colour: quiet });
       surface.text(y, 12, top + height / 2, { colour: quiet, align: "center", upright: true });
       for (const each of series) {
-        const dash = each.name.endsWith("(before)") ? [5, 4] : [];
         const known = each.values.map((value, column) => [column, value]).filter(([, value]) => value !== null);
-        surface.path(known.map(([column, value]) => at(column, value)), colour(each.name), 2, dash);
+        surface.path(known.map(([column, value]) => at(column, value)), ...pen(each));
       }
     },
   };

@@ -325,25 +325,26 @@ function viewAblation() {
 }
 
 function viewAlignment() {
-  const chart = header.alignment;
+  const { target, sentences, charts } = header.alignment;
   return {
-    title: chart.title,
-    text: "How alike the model's states of the same sentence are in two languages, layer by layer.",
-    parts: [
-      {
-        name: "alignment",
-        figure: lineChart(chart),
-        table: {
-          caption: chart.title,
-          sort: [0, false],
-          columns: [
-            { name: chart.x, value: (row) => row },
-            ...chart.series.map((each) => ({ name: each.name, value: (row) => each.values[row], text: (row) => number(each.values[row], 4) })),
-          ],
-          rows: chart.series[0].values.map((_, layer) => layer),
-        },
+    title: `Alignment of ${target}`,
+    text:
+      `How alike the model's states of the same sentence are in ${target} and other languages, layer by layer, over ` +
+      `${number(sentences)} sentences. Read a curve against its baseline: sentences that are no translations.`,
+    parts: charts.map(({ title, series }) => ({
+      heading: title,
+      name: `alignment-${title.toLowerCase()}`,
+      figure: lineChart({ series, y: title }),
+      table: {
+        caption: `${title} by layer.`,
+        sort: [0, false],
+        columns: [
+          { name: "Layer", value: (row) => row },
+          ...series.map((each) => ({ name: each.name, value: (row) => each.values[row], text: (row) => number(each.values[row], 4) })),
+        ],
+        rows: series[0].values.map((_, layer) => layer),
       },
-    ],
+    })),
   };
 }
 
