@@ -81,11 +81,12 @@ class Peer:
             loss.backward()
         return loss.detach()
 
-    def step(self, input_ids: Tensor) -> None:
-        """One step of training."""
-        self.backward(input_ids)
+    def step(self, input_ids: Tensor) -> Tensor:
+        """One step of training; returns the loss."""
+        loss = self.backward(input_ids)
         if self.optimizer:
             self.optimizer.step()
+        return loss
 
     def resident(self) -> Iterator[Tensor]:
         """What stays between steps."""
