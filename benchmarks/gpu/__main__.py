@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output / f"{options.stage}.json",
         options.seconds,
         device,
-        gather_facts(device),
+        gather_facts(device, options.commit),
         {"size": options.size, "masks": [f"{path.name} {file_hash(path)[:16]}" for path in options.mask]},
     )
     importlib.import_module(f"benchmarks.gpu.{options.stage}").run(stage, options)
@@ -89,6 +89,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="FOLDER",
         help="where the JSON files go (default: benchmarks/results/GPU, without a GPU build/gpu-rehearsal)",
     )
+    parser.add_argument("--commit", metavar="ID", help="of this checkout, where git cannot be asked")
     parser.add_argument("--seconds", type=float, default=480, help="after these a stage begins no further measure")
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
@@ -107,9 +108,10 @@ def gpu_slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
-def gather_facts(device: torch.device) -> dict[str, Any]:
-    """Of the machine, the software and the code."""
+def gather_facts(device: torch.device, commit: str | None) -> dict[str, Any]:
+    """Of the machine, the software and the code, whose commit is the given one or git's."""
     facts = {**machine_facts(device), "code": code_hash()}
+    facts["commit"] = commit or facts["commit"]
     for name in LIBRARIES:
         try:
             facts[name] = importlib.metadata.version(name)

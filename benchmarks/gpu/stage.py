@@ -26,6 +26,10 @@ IDENTITY = ("code", "device", "torch", "triton", "transformers")
 FINISHED = ("measured", "out of memory")
 
 
+class NotMeasured(Exception):
+    """Raised by a measure that cannot be taken here; the message says why."""
+
+
 class Stage:
     """Measures row by row; a second call of the same stage goes on where the first ended.
 
@@ -104,6 +108,8 @@ class Stage:
     def _outcome(self, key: str, error: Exception) -> dict[str, Any]:
         if is_out_of_memory(error):
             return {"status": "out of memory"}
+        if isinstance(error, NotMeasured):
+            return {"status": "not measured", "why": str(error)}
         library = missing_library(error)
         if library:
             return {"status": "not measured", "why": f"{library} is not installed"}
