@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from benchmarks import loss
 from benchmarks.gpu.shapes import LANGUAGES, SIZES, Shape
 from benchmarks.gpu.stage import free_memory, is_out_of_memory, missing_library
-from benchmarks.gpu.steps import GIB, WrongAnswer, Workbench
-from benchmarks.measure import interleave, synchronize
+from benchmarks.gpu.steps import GIB, Workbench, WrongAnswer
+from benchmarks.measure import interleave
 from benchmarks.peers import build_peer
 from lape_fast.ops.linear_cross_entropy import CHUNK_ROWS
 
@@ -39,20 +38,6 @@ def run(bench: Workbench, options: argparse.Namespace) -> None:
         stage.measure(f"updates that arrive at lr {rate:g}", measure, learning_rate=rate)
     small = SIZES[options.size][0]
     stage.measure(f"{small.name} optimizer", functools.partial(time_optimizers, bench, small, LANGUAGES[0]))
-
-
-def time_product(device: torch.device, size: int) -> dict[str, Any]:
-    """Operations per second of a square product in bf16."""
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(20):
-        synchronize(device)
-        start = time.perf_counter()
-        left @ right
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    speed = 2 * size**3 / statistics.median(times[5:])
-    return {"flops_per_s": speed, "shown": f"{speed / 1e12:,.1f} TFLOP/s"}
 
 
 def liger() -> loss.Loss:
@@ -163,8 +148,8 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
 def time_optimizers(bench: Workbench, shape: Shape, language: str) -> dict[str, Any]:
     """One step of our optimizer, and of torch's fused AdamW on the same number of values.
 
-    ``torch`` updates masters that stand for nothing; ``torch and write`` also brings them into the base's weights, which
-    ours does in the same pass.
+    ``torch`` updates masters that stand for nothing; ``torch and write`` also brings them into the base's weights,
+    which ours does in the same pass.
 
     Returns:
         "peers": "ms" and "ms_of_rounds" by name; "trainable".

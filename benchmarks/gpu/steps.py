@@ -10,15 +10,16 @@ import copy
 import functools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu.quantise import quantise_layers
 from benchmarks.gpu.shapes import Shape, build_model, choose_neurons
-from benchmarks.gpu.stage import Stage, free_memory, missing_library
+from benchmarks.gpu.stage import Stage, free_memory, is_out_of_memory, missing_library
 from benchmarks.llama import share
 from benchmarks.measure import paired_ratio, peak_bytes, synchronize
 from benchmarks.peers import Method, Peer, build_peer
@@ -31,7 +32,7 @@ GIB = 2**30
 WARM_UP = 2
 
 # A round times a peer for about so long, but not with fewer or more steps.
-SECONDS, LEAST_STEPS, MOST_STEPS = 1.5, 2, 10
+SECONDS, LEAST_STEPS, MOST_STEPS = {"true": 1.5, "toy": 0.0}, 2, 10
 
 # A peer's gradients may be this many times as far from fp32 as those of dense training in the same dtype are; the same
 # budget as the ops'. And how far losses may differ: bf16 has 8 bits, and the losses of random weights are near ln V.
@@ -101,13 +102,16 @@ class Workbench:
         self.stage, self.options, self.device = stage, options, stage.device
         self._built: dict[str, nn.Module] = {}
 
-    def base(self, shape: Shape) -> nn.Module:
-        """The frozen model; any other is given up for it."""
-        if shape.name not in self._built:
+    def base(self, shape: Shape, quantise: str | None = None) -> nn.Module:
+        """The frozen model, its layers quantised if asked for; any other is given up for it."""
+        key = f"{shape.name} {quantise}"
+        if key not in self._built:
             self._built.clear()
             free_memory(self.device)
-            self._built[shape.name] = build_model(shape, self.device, torch.bfloat16)
-        return self._built[shape.name]
+            model = build_model(shape, self.device, torch.bfloat16)
+            self._built[key] = model if quantise is None else quantise_layers(model, quantise)
+            free_memory(self.device)
+        return self._built[key]
 
     def neurons(self, shape: Shape, language: str) -> list[Tensor]:
         """One index tensor per layer, on the device."""
@@ -167,6 +171,7 @@ def check_gradients(
     return {
         "layers": largest,
         "dense_error": dense_error,
+        "budget": ERROR_BUDGET,
         "errors": errors,
         "losses": losses,
         "wrong": wrong,
@@ -229,24 +234,46 @@ def time_peer(
     method, setting = case.peers[name]
     input_ids = bench.tokens(case.shape, rows, length)
     peer = build_peer(method, base, bench.neurons(case.shape, case.language), copied=False, **setting)
+    return close_after(peer, functools.partial(_time_steps, peer, input_ids, bench.options.size))
+
+
+def close_after(peer: Peer, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a function returns; then the peer gives the base back.
+
+    An error that says that memory is full is raised anew from here: the tensors that its frames held are gone by then,
+    and there is room to give the base back.
+    """
+    full, result = None, {}
     try:
-        for _ in range(WARM_UP):
-            loss, warm = _timed_step(peer, input_ids)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        seconds = SECONDS if bench.options.size == "true" else 0
-        steps = min(MOST_STEPS, max(LEAST_STEPS, int(1000 * seconds / warm)))
-        times = [_timed_step(peer, input_ids)[1] for _ in range(steps)]
-        return {
-            "step_ms": statistics.median(times),
-            "step_ms_of_steps": times,
-            "loss": float(loss),
-            "trainable": peer.trainable,
-            **peak_memory(peer, input_ids),
-            "shown": f"{statistics.median(times):,.1f} ms",
-        }
-    finally:
-        peer.close()
+        result = run()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            peer.close()
+            raise
+        full = str(error)
+    if full is not None:
+        free_memory(next(peer.model.parameters()).device)
+    peer.close()
+    if full is not None:
+        raise torch.OutOfMemoryError(full)
+    return result
+
+
+def _time_steps(peer: Peer, input_ids: Tensor, size: str) -> dict[str, Any]:
+    for _ in range(WARM_UP):
+        loss, warm = _timed_step(peer, input_ids)
+    if input_ids.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(input_ids.device)
+    steps = min(MOST_STEPS, max(LEAST_STEPS, int(1000 * SECONDS[size] / warm)))
+    times = [_timed_step(peer, input_ids)[1] for _ in range(steps)]
+    return {
+        "step_ms": statistics.median(times),
+        "step_ms_of_steps": times,
+        "loss": float(loss),
+        "trainable": peer.trainable,
+        **peak_memory(peer, input_ids),
+        "shown": f"{statistics.median(times):,.1f} ms",
+    }
 
 
 def _timed_step(peer: Peer, input_ids: Tensor) -> tuple[Tensor, float]:
@@ -267,8 +294,12 @@ def peak_memory(peer: Peer, input_ids: Tensor) -> dict[str, float | None]:
         }
     if peer.optimizer:
         peer.optimizer.zero_grad()
-    step = functools.partial(peer.step, input_ids)
-    return {"allocated_gib": peak_bytes(step, peer.resident(), device) / GIB, "reserved_gib": None}
+    try:
+        peak = peak_bytes(functools.partial(peer.step, input_ids), peer.resident(), device) / GIB
+    except NotImplementedError:
+        # The live bytes of sparse tensors, as SHiRA's, cannot be followed.
+        peak = None
+    return {"allocated_gib": peak, "reserved_gib": None}
 
 
 def summarise(bench: Workbench, case: Case, name: str, ceilings: Mapping[str, float]) -> dict[str, Any]:
@@ -306,9 +337,7 @@ def summarise(bench: Workbench, case: Case, name: str, ceilings: Mapping[str, fl
     goals = {goal: row[column] for goal, column in case.goals.get(name, {}).items()}
     row["goals"] = {goal: value for goal, value in goals.items() if value is not None}
     compared = f"{ratio:.3f} x {case.baseline}, " if both else ""
-    row["shown"] = (
-        f"{row['step_ms']:,.1f} ms, {compared}{row['allocated_gib']:.2f} GiB, {row['tokens_per_s']:,.0f} tokens/s"
-    )
+    row["shown"] = f"{row['step_ms']:,.1f} ms, {compared}{_memory_and_rate(row)}"
     return row
 
 
@@ -347,13 +376,18 @@ def find_largest_batch(
         def measure(rows: int = rows, length: int = length) -> dict[str, Any]:
             row = time_peer(bench, case, name, rows, length, wrong)
             rates = _rates(case.shape, name, row["trainable"], rows, length, row["step_ms"], ceilings)
-            shown = f"{row['shown']}, {row['allocated_gib']:.2f} GiB, {rates['tokens_per_s']:,.0f} tokens/s"
-            return {**row, **rates, "largest_batch": [rows, length], "shown": shown}
+            row |= {**rates, "largest_batch": [rows, length]}
+            return {**row, "shown": f"{row['shown']}, {_memory_and_rate(row)}"}
 
         key = f"{case.key} {name} at {rows}x{length}"
         stage.measure(key, measure, **case.labels(name))
         if _row(stage, key)["status"] != "out of memory":
             return
+
+
+def _memory_and_rate(row: Mapping[str, Any]) -> str:
+    memory = "" if row["allocated_gib"] is None else f"{row['allocated_gib']:.2f} GiB, "
+    return f"{memory}{row['tokens_per_s']:,.0f} tokens/s"
 
 
 def _rates(

@@ -17,6 +17,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import losses
+from benchmarks.gpu.kernels import PRODUCT, measure_product
 from benchmarks.gpu.ladder import ladder
 from benchmarks.gpu.shapes import LANGUAGES, SIZES, Shape
 from benchmarks.gpu.stage import Stage, free_memory
@@ -59,6 +60,9 @@ SAME_POLICY = {
 }
 LADDER = {name: (method, {}) for name, method in ladder().items()}
 
+# What the rows of a case say of it -> all peers of it.
+POLICIES = {"default": PEERS, "same policy": SAME_POLICY, "ladder": LADDER}
+
 # Rows x length: one long row, a large batch, a small one.
 BATCHES = {"true": ((1, 4096), (8, 2048), (2, 512)), "toy": ((1, 32), (4, 16), (2, 8))}
 
@@ -81,14 +85,14 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
     """Measures everything that is not in the stage's file yet, the most important first."""
     bench = Workbench(stage, options)
     small, large = SIZES[options.size]
-    ceilings = measure_ceilings(stage)
+    ceilings = measure_ceilings(stage, options.size)
     long, wide, short = BATCHES[options.size]
     mt, cy, ka = LANGUAGES
 
     def case(shape: Shape, batch: tuple[int, int], language: str, peers: dict, rounds: int, **details: Any) -> None:
-        baseline = next(iter(peers))
-        wrong = check(bench, shape, peers, details.get("policy", "default"))
-        run_case(bench, Case(shape, *batch, language, peers, baseline, rounds, **details), wrong, ceilings)
+        rounds = rounds if options.size == "true" else 1
+        measured = Case(shape, *batch, language, peers, next(iter(peers)), rounds, **details)
+        run_case(bench, measured, check(bench, shape, measured.policy), ceilings)
 
     case(small, long, mt, PEERS, 3, goals=STEP_GOALS)
     stage.measure(f"{small.name} profile", functools.partial(profile_step, bench, small, long, mt), peer="ours-save")
@@ -97,6 +101,9 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
     case(small, long, mt, SAME_POLICY, 2, policy="same policy")
     case(small, long, mt, LADDER, 2, policy="ladder")
     losses.run(bench, options)
+    if options.size == "toy":
+        # What follows is more of the same, at other batches and languages.
+        return
     case(small, short, mt, IMPORTANT, 3)
     case(small, wide, mt, IMPORTANT, 1)
     case(small, long, cy, IMPORTANT, 1)
@@ -107,17 +114,17 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
         case(large, long, language, IMPORTANT, 1)
 
 
-def check(bench: Workbench, shape: Shape, peers: dict, policy: str) -> Sequence[str]:
-    """The peers whose gradients are wrong; they are not timed."""
-    key = f"{shape.name} {policy} gradients"
-    row = bench.stage.measure(key, functools.partial(check_gradients, bench, shape, LANGUAGES[0], peers))
-    return row["wrong"] if row else ()
+def check(bench: Workbench, shape: Shape, policy: str) -> Sequence[str]:
+    """The peers whose gradients are wrong, which are not timed; all of them where that could not be measured."""
+    measure = functools.partial(check_gradients, bench, shape, LANGUAGES[0], POLICIES[policy])
+    row = bench.stage.measure(f"{shape.name} {policy} gradients", measure, model=shape.name, policy=policy)
+    return row["wrong"] if row else list(POLICIES[policy])
 
 
-def measure_ceilings(stage: Stage) -> dict[str, float]:
+def measure_ceilings(stage: Stage, size: str) -> dict[str, float]:
     """Operations per second of a large bf16 product here, and of the device's data sheet where it is known."""
-    size = 8192 if stage.device.type == "cuda" else 256
-    row = stage.measure(f"product of {size}", functools.partial(losses.time_product, stage.device, size))
+    sides = [PRODUCT[size]] * 3
+    row = stage.measure(f"product {sides[0]}^3", functools.partial(measure_product, stage.device, size, *sides))
     ceilings = {} if row is None else {"product": row["flops_per_s"]}
     name = stage.facts.get("device", "")
     known = next((speed for part, speed in DATASHEET.items() if part in name), None)
