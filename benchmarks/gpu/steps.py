@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,16 +103,21 @@ class Workbench:
     def __init__(self, stage: Stage, options: Any):
         self.stage, self.options, self.device = stage, options, stage.device
         self._built: dict[str, nn.Module] = {}
+        # Undoes what `base` does, at the latest when the process ends.
+        weakref.finalize(self, gc.unfreeze)
 
     def base(self, shape: Shape, quantise: str | None = None) -> nn.Module:
         """The frozen model, its layers quantised if asked for; any other is given up for it."""
         key = f"{shape.name} {quantise}"
         if key not in self._built:
             self._built.clear()
+            gc.unfreeze()
             free_memory(self.device)
             model = build_model(shape, self.device, torch.bfloat16)
             self._built[key] = model if quantise is None else quantise_layers(model, quantise)
             free_memory(self.device)
+            # What is here now stays as long as this model, and need not be searched for garbage before every peer.
+            gc.freeze()
         return self._built[key]
 
     def neurons(self, shape: Shape, language: str) -> list[Tensor]:
