@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format setup bench maltese rules languages clean
+.PHONY: demo test lint format setup bench gpu tables maltese rules languages clean
 
 demo: setup
 	$(BIN)/lape-fast demo
@@ -33,6 +33,16 @@ bench: setup
 	$(BIN)/python -m benchmarks.select --json benchmarks/results/cpu/select.json
 	$(BIN)/python -m benchmarks.identify --json benchmarks/results/cpu/identify.json
 	$(BIN)/python -m pytest benchmarks/ops --benchmark-columns=median,iqr --benchmark-sort=name
+
+# Everything on one GPU, in stages of a few minutes that go on where they ended; without the set-up, from a python3 that
+# has torch, triton and transformers: make gpu STAGE=kernels MASK=llama-3.1-8b.top5.12languages.pth
+GPU_PYTHON ?= python3
+gpu:
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu --stage $(or $(STAGE),all) $(if $(MASK),--mask $(MASK))
+
+# The tables of README.md, out of the files in benchmarks/results.
+tables: setup
+	$(BIN)/python -m benchmarks.tables
 
 # The main job on real text: a folder of aligned text named by language code, with the conventional line ranges.
 CORPUS ?= ../shared/corpus

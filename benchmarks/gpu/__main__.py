@@ -28,13 +28,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import STAGES
 from benchmarks.gpu.shapes import SIZES, load_masks
 from benchmarks.gpu.stage import ROOT, Stage, code_hash, describe, write_line
 from benchmarks.measure import machine_facts
 from lape_fast.files import file_hash
-
-# The stages in their order; each is the module of its name, with run(stage, options).
-STAGES = ("correctness", "kernels", "identification", "training", "memory")
 
 LIBRARIES = ("triton", "transformers", "peft", "bitsandbytes", "torchao", "liger-kernel", "safetensors")
 
@@ -50,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.stage == "all":
         # Each in a process of its own: an error that spoils the device's context ends with its stage.
         command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--stage"]
-        return max([subprocess.run([*command, name], cwd=ROOT).returncode for name in available()])
+        return max([subprocess.run([*command, name]).returncode for name in available()])
     device = torch.device(options.device)
     stage = Stage(
         options.stage,

@@ -1,7 +1,7 @@
 """Whether the device computes what it should: kernels against fp64 and int64, gradients and training against autograd.
 
-Each check is a plain function that raises AssertionError with a sentence. What it compares with is a parameter, so that
-a test can see each of them fail. Errors are judged by a budget: at most twice torch's own in the same dtype.
+Each check is a plain function that raises AssertionError with a sentence. What it checks is a parameter, so that a test
+can see each of them fail. Errors are judged by a budget: at most twice torch's own in the same dtype.
 """
 
 from __future__ import annotations
@@ -113,20 +113,20 @@ def count_positive(gate: Tensor, language_ids: Tensor, languages: int) -> Tensor
     return torch.stack([(gate[language_ids == language] > 0).sum(0) for language in range(languages)])
 
 
-def check_forward(device: torch.device, truth: Callable[..., Tensor] = eager) -> None:
+def check_forward(device: torch.device, op: Callable[..., Tensor] = gated_activation) -> None:
     """h within the budget, in every dtype, activation and size, gated and not."""
     for dtype in DTYPES:
         for activation in ACTIVATIONS:
             for tokens, neurons in SIZES_OF_TENSORS:
                 gate = draw(tokens, neurons, dtype=dtype, device=device, scale=3)
                 for up in (draw(tokens, neurons, dtype=dtype, device=device, seed=1), None):
-                    h = gated_activation(gate, up, activation)
-                    right = truth(gate.double(), None if up is None else up.double(), activation)
+                    h = op(gate, up, activation)
+                    right = eager(gate.double(), None if up is None else up.double(), activation)
                     what = f"gated_activation, {activation}, {dtype}, [{tokens}, {neurons}]"
                     require_budget(h, right, largest_error(eager(gate, up, activation), right), what)
 
 
-def check_counts(device: torch.device, truth: Callable[..., Tensor] = count_positive) -> None:
+def check_counts(device: torch.device, op: Callable[..., Tensor] = gated_activation) -> None:
     """Counts equal to int64 sums, for packs of one, several and many languages; h is the same as without counting."""
     for dtype in DTYPES:
         for tokens, neurons in SIZES_OF_TENSORS:
@@ -134,14 +134,17 @@ def check_counts(device: torch.device, truth: Callable[..., Tensor] = count_posi
             for pattern, language_of in PATTERNS.items():
                 language_ids = language_of(torch.arange(tokens)).to(device, torch.int32)
                 counts = torch.full((LANGUAGES, neurons), 2**40, dtype=torch.int64, device=device)
-                h = gated_activation(gate, up, "silu", language_ids, counts)
+                h = op(gate, up, "silu", language_ids, counts)
                 what = f"counts of {pattern} languages, {dtype}, [{tokens}, {neurons}]"
-                require_equal(counts - 2**40, truth(gate, language_ids, LANGUAGES), what)
+                require_equal(counts - 2**40, count_positive(gate, language_ids, LANGUAGES), what)
                 require_equal(h, gated_activation(gate, up, "silu"), f"h beside {what}")
 
 
 def check_large(
-    device: torch.device, elements: int | None = None, truth: Callable[..., Tensor] = count_positive
+    device: torch.device,
+    elements: int | None = None,
+    forward: Callable[..., Tensor] = gated_activation,
+    backward: Callable[..., tuple[Tensor, Tensor]] = gated_activation_backward,
 ) -> None:
     """The same beyond 2^31 elements, and the backward there: every count, and the first and last rows of the rest."""
     tokens = -(-(elements or LARGE_ELEMENTS[device.type]) // LARGE_NEURONS)
@@ -152,16 +155,16 @@ def check_large(
     )
     language_ids = (torch.arange(tokens, device=device) // 1000 % 3).int()
     counts = torch.zeros(3, LARGE_NEURONS, dtype=torch.int64, device=device)
-    h = gated_activation(gate, up, "silu", language_ids, counts)
+    h = forward(gate, up, "silu", language_ids, counts)
     parts = zip(gate.split(4096), language_ids.split(4096), strict=True)
     what = f"of {tokens} x {LARGE_NEURONS} elements"
-    require_equal(counts, sum(truth(rows, ids, 3) for rows, ids in parts), f"counts {what}")
+    require_equal(counts, sum(count_positive(rows, ids, 3) for rows, ids in parts), f"counts {what}")
 
     ends = [slice(0, 8), slice(tokens - 8, tokens)]
     before = [(gate[rows].clone(), up[rows].clone()) for rows in ends]
     neurons = torch.tensor([0, 5, LARGE_NEURONS - 1], device=device)
     # h is what backward needs no more, so it serves as a gradient.
-    hidden, grads = gated_activation_backward(h, gate, up, "silu", slot_map(neurons, LARGE_NEURONS), 3)
+    hidden, grads = backward(h, gate, up, "silu", slot_map(neurons, LARGE_NEURONS), 3)
     for rows, (old_gate, old_up) in zip(ends, before, strict=True):
         wide = old_gate.double(), old_up.double()
         right = eager(*wide, "silu")
@@ -176,22 +179,22 @@ def check_large(
         require_equal(grads[rows], compact, f"compact gradients {what}")
 
 
-def check_backward(device: torch.device, truth: Callable[..., list[Tensor]] = eager_gradients) -> None:
+def check_backward(device: torch.device, op: Callable[..., tuple[Tensor, Tensor]] = gated_activation_backward) -> None:
     """Gradients and the compact h within the budget; the compact gradients are columns of the gradients, to the bit."""
     for dtype in DTYPES:
         for activation in ACTIVATIONS:
             for number, (tokens, width) in enumerate(SIZES_OF_TENSORS):
                 gate, grad_h = draw(2, tokens, width, dtype=dtype, device=device, scale=2)
                 up = None if number % 2 else draw(tokens, width, dtype=dtype, device=device, seed=1)
-                _check_backward_of(gate, up, grad_h, activation, truth)
+                _check_backward_of(gate, up, grad_h, activation, op)
 
 
 def _check_backward_of(
-    gate: Tensor, up: Tensor | None, grad_h: Tensor, activation: str, truth: Callable[..., list[Tensor]]
+    gate: Tensor, up: Tensor | None, grad_h: Tensor, activation: str, op: Callable[..., tuple[Tensor, Tensor]]
 ) -> None:
     width, given = gate.shape[1], [values for values in (gate, up) if values is not None]
     wide = gate.double(), None if up is None else up.double()
-    rights, owns = truth(*wide, activation, grad_h.double()), eager_gradients(gate, up, activation, grad_h)
+    rights, owns = eager_gradients(*wide, activation, grad_h.double()), eager_gradients(gate, up, activation, grad_h)
     right_h = eager(*wide, activation)
     allowed_h = largest_error(eager(gate, up, activation), right_h)
     # None, a few, and all of the neurons.
@@ -202,7 +205,7 @@ def _check_backward_of(
         slots = slot_map(neurons, width) if selected else None
         found = [values.clone() for values in given]
         ups = None if up is None else found[1]
-        hidden, grads = gated_activation_backward(grad_h, found[0], ups, activation, slots, selected)
+        hidden, grads = op(grad_h, found[0], ups, activation, slots, selected)
         for each, own, right in zip(found, owns, rights, strict=True):
             require_budget(each, right, largest_error(own, right), what)
         require_equal(grads, torch.cat([each[:, neurons] for each in found], 1), f"compact gradients, {what}")
@@ -221,7 +224,7 @@ def torch_adamw(master: Tensor, grad: Tensor, steps: int) -> Tensor:
     return parameter.detach()
 
 
-def check_adamw(device: torch.device, truth: Callable[..., Tensor] = torch_adamw, steps: int = 5) -> None:
+def check_adamw(device: torch.device, op: Callable[..., None] = indexed_adamw_, steps: int = 5) -> None:
     """Masters within the budget, weights equal to the rounded masters, and frozen entries with all their bits."""
     for dtype in DTYPES:
         rows = draw(300, 431, dtype=dtype, device=device)
@@ -235,11 +238,11 @@ def check_adamw(device: torch.device, truth: Callable[..., Tensor] = torch_adamw
         options = {"lr": LEARNING_RATE, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPSILON, "weight_decay": DECAY}
         clip = torch.tensor(0.5, device=device)
         for step in range(1, steps + 1):
-            indexed_adamw_(weights, neurons, grads, masters, *moments, **options, step=step, clip=clip)
+            op(weights, neurons, grads, masters, *moments, **options, step=step, clip=clip)
         for number, layout in enumerate(("rows", "columns")):
             what = f"indexed_adamw_, {layout}, {dtype}"
             start, grad = first[number], 0.5 * grads[number]
-            right = truth(start.double(), grad.double(), steps)
+            right = torch_adamw(start.double(), grad.double(), steps)
             require_budget(masters[number], right, largest_error(torch_adamw(start, grad, steps), right), what)
             expected = before[number].clone()
             expected[neurons[number]] = masters[number].to(dtype)
@@ -251,7 +254,7 @@ def plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight), labels)
 
 
-def check_loss(device: torch.device, truth: Callable[..., Tensor] = plain_loss) -> None:
+def check_loss(device: torch.device, op: Callable[..., Tensor] = linear_cross_entropy) -> None:
     """The loss without logits, and its gradient, within the budget."""
     for dtype in (torch.bfloat16, torch.float32):
         hidden = draw(1500, 64, dtype=dtype, device=device)
@@ -259,7 +262,7 @@ def check_loss(device: torch.device, truth: Callable[..., Tensor] = plain_loss) 
         labels = torch.arange(1500, device=device) * 7 % 3000
         labels[::11] = -100
         results = []
-        for loss, wide in ((linear_cross_entropy, dtype), (plain_loss, dtype), (truth, torch.float64)):
+        for loss, wide in ((op, dtype), (plain_loss, dtype), (plain_loss, torch.float64)):
             states = hidden.detach().to(wide).clone().requires_grad_()
             value = loss(states, weight.to(wide), labels)
             value.backward()
@@ -304,18 +307,23 @@ def autograd_gradients(model: nn.Module, input_ids: Tensor, neurons: Sequence[Te
     return selected
 
 
-def check_gradients(device: torch.device, truth: Callable[..., list[Tensor]] = autograd_gradients) -> None:
+def subnetwork_gradients(model: nn.Module, input_ids: Tensor, neurons: Sequence[Tensor], policy: str) -> list[Tensor]:
+    """The same by our autograd function; the model stays as it was."""
+    own = copy.deepcopy(model).train()
+    subnetwork = attach_subnetwork(own, neurons, policy)
+    own(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+    return [parameter.grad for parameter in subnetwork.parameters()]
+
+
+def check_gradients(device: torch.device, gradients: Callable[..., list[Tensor]] = subnetwork_gradients) -> None:
     """The subnetwork's gradients under every policy, by their norms: a small matrix has few large errors."""
     neurons = toy_neurons(device)
     for dtype in (torch.float32, torch.bfloat16):
         base, _, input_ids = toy_model(device, dtype)
         torchs = autograd_gradients(base, input_ids, neurons)
-        rights = truth(copy.deepcopy(base).double(), input_ids, neurons)
+        rights = autograd_gradients(copy.deepcopy(base).double(), input_ids, neurons)
         for policy in POLICIES:
-            model = copy.deepcopy(base).train()
-            subnetwork = attach_subnetwork(model, neurons, policy)
-            model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
-            founds = [parameter.grad for parameter in subnetwork.parameters()]
+            founds = gradients(base, input_ids, neurons, policy)
             for found, own, right in zip(founds, torchs, rights, strict=True):
                 error, allowed = ((values.double() - right).norm().item() for values in (found, own))
                 what = f"Gradients under {policy}, {dtype}"

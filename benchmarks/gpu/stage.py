@@ -99,13 +99,14 @@ class Stage:
     def _run(self, key: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
             return {"status": "measured", **function()}
-        except Exception as error:
+        # Some benchmarks end themselves where a peer computes something wrong.
+        except (Exception, SystemExit) as error:
             result = self._outcome(key, error)
         # Here, where the error and with it the frames that held the tensors are gone.
         free_memory(self.device)
         return result
 
-    def _outcome(self, key: str, error: Exception) -> dict[str, Any]:
+    def _outcome(self, key: str, error: BaseException) -> dict[str, Any]:
         if is_out_of_memory(error):
             return {"status": "out of memory"}
         if isinstance(error, NotMeasured):
