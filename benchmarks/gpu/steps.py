@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.quantise import quantise_layers
 from benchmarks.gpu.shapes import Shape, build_model, choose_neurons
-from benchmarks.gpu.stage import Stage, free_memory, is_out_of_memory, missing_library
+from benchmarks.gpu.stage import NotMeasured, Stage, free_memory, is_out_of_memory, missing_library
 from benchmarks.llama import share
 from benchmarks.measure import paired_ratio, peak_bytes, synchronize
 from benchmarks.peers import Method, Peer, build_peer
@@ -313,7 +313,7 @@ def summarise(bench: Workbench, case: Case, name: str, ceilings: Mapping[str, fl
     """A peer's row: its median over the rounds, and beside the baseline's.
 
     Raises:
-        torch.OutOfMemoryError, ImportError, WrongAnswer: what became of its rounds.
+        torch.OutOfMemoryError, NotMeasured, WrongAnswer: what became of its rounds.
     """
     mine, others = _rounds(bench.stage, case, name), _rounds(bench.stage, case, case.baseline)
     if not mine:
@@ -358,9 +358,7 @@ def _raise_outcome(row: Mapping[str, Any]) -> None:
     """What a measure raised, so that another row says the same."""
     if row.get("status") == "out of memory":
         raise torch.OutOfMemoryError(row["key"])
-    why = row.get("why", "not run")
-    library = why.removesuffix(" is not installed")
-    raise ImportError(why, name=library) if library != why else WrongAnswer(why)
+    raise (NotMeasured if row.get("status") == "not measured" else WrongAnswer)(row.get("why", "not run"))
 
 
 def _row(stage: Stage, key: str) -> dict[str, Any]:
