@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import machine_facts, report
-from benchmarks.train_step import ffn_weights
+from benchmarks.peers import ffn_weights
 from lape_fast.identify import NeuronSet
-from lape_fast.models import find_ffns
 from lape_fast.tune.flops import count_flops
 from lape_fast.tune.subnetwork import attach_subnetwork
 from lape_fast.tune.tracing import build_on_meta, trace_step
@@ -68,7 +67,7 @@ def prepare(model: nn.Module, peer: str, neurons: Sequence[Tensor]) -> nn.Module
         # The head stays frozen for the loss without logits; `count` adds its gradient.
         model.model.requires_grad_(True)
     elif peer == "ffn":
-        for weight in ffn_weights(find_ffns(model)):
+        for weight in ffn_weights(model):
             weight.requires_grad_(True)
     else:
         attach_subnetwork(model, neurons, peer.removeprefix("ours-"))

@@ -1,17 +1,7 @@
 """One training step of a Llama: loss, backward, AdamW; the same model size and batch for every peer.
 
-    floor            everything frozen: the loss and the gradient of the embeddings' output, no optimizer
-    ours             our FFN with its subnetwork and its optimizer, everything else stock
-    ours-recompute   the same, keeping for backward only the FFN's input
-    ours-checkpoint  the same, keeping only the decoder layers' input
-    ours-tune        ours as `lape-fast tune` runs it: the loss without logits
-    full             all weights
-    ffn              all FFN weights
-    masked           the subnetwork by full FFN gradients times a mask
-    clone-scatter    the subnetwork as the published scripts train it: each forward clones the weights, writes the
-                     trained rows in, and backward goes through the copy
-    lora             PEFT, rank 16 on all linear layers
-    lora-qv          PEFT, rank 16 on the query and value projections, which is its default for a Llama
+The peers are those of benchmarks/peers.py; ``ours`` is ``ours-save`` there, and ``ours-tune`` the same as `lape-fast
+tune` runs it, with the loss without logits.
 
 ``trainable`` counts the weights that training changes. ``saved_bytes_per_token_layer`` are kept by autograd inside the
 decoder's layers (a clone of a weight is among them), ``peak_bytes`` are live at the step's peak, weights and optimizer
@@ -24,29 +14,24 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.llama import build_llama, option_parser, prepare, random_tokens, settings, share
+from benchmarks.llama import build_llama, option_parser, prepare, random_tokens, settings
 from benchmarks.measure import interleave, machine_facts, peak_bytes, report, saved_bytes, timed_rows
+from benchmarks.peers import Peer, build_peer
 from lape_fast.errors import ConfigError
 from lape_fast.identify.neurons import NeuronSet
-from lape_fast.models import FFN, decoder, find_ffns, without_logits
+from lape_fast.models import decoder
 from lape_fast.progress import progress_bar
 from lape_fast.tune.flops import count_flops
-from lape_fast.tune.subnetwork import attach_subnetwork
-from lape_fast.tune.subnetwork_ffn import Policy
 
 # The drawn subnetwork: its share of all neurons, and which parts of it lie in the last quarter of the layers and in
 # the first one, about as in the published neurons.
 DENSITY, LAST_QUARTER, FIRST_LAYER = 0.01, 0.88, 0.02
 
-LEARNING_RATE = 1e-4
-LORA_RANK = 16
 WARM_UP = 1
 
 # How far the peers' gradients of the same weights may differ, relative to the largest.
@@ -63,185 +48,23 @@ COLUMNS = {
 }
 
 
-@dataclass
-class Peer:
-    """One way to train, ready to run.
-
-    Attributes:
-        model: its model.
-        trainable: how many weights training changes.
-        parameters: what its optimizer holds; empty for none.
-        gradients: those of the selected gate rows, up rows and down columns, ``[K, D]`` each, layer by layer; None
-            where the peer trains something else.
-    """
-
-    model: nn.Module
-    trainable: int
-    parameters: Sequence[nn.Parameter]
-    gradients: Callable[[], list[Tensor]] | None = None
-    optimizer: torch.optim.Optimizer | None = None
-
-    def __post_init__(self) -> None:
-        self.model.train()
-        if self.parameters and self.optimizer is None:
-            # Fused is the fastest form of torch's AdamW on both devices. No decay: masked weights must stay.
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-
-    def backward(self, input_ids: Tensor) -> Tensor:
-        """Computes the gradients; returns the loss."""
-        if self.optimizer:
-            self.optimizer.zero_grad()
-        loss = self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-        loss.backward()
-        return loss.detach()
-
-    def step(self, input_ids: Tensor) -> None:
-        """One step of training."""
-        self.backward(input_ids)
-        if self.optimizer:
-            self.optimizer.step()
-
-    def resident(self) -> Iterator[Tensor]:
-        """What stays between steps."""
-        yield from self.model.parameters()
-        yield from self.model.buffers()
-        for state in self.optimizer.state.values() if self.optimizer else ():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
-
-
-class CloneScatterFFN(nn.Module):
-    """The published scripts' FFN: clones of the frozen weights with the trained rows and columns written in.
-
-    Args:
-        ffn: the block, in its model.
-        neurons: int64 ``[K]``.
-    """
-
-    def __init__(self, ffn: FFN, neurons: Tensor):
-        super().__init__()
-        self.projections = nn.ModuleDict(ffn.projections)
-        self.register_buffer("neurons", neurons)
-        self.gate_rows = nn.Parameter(ffn.gate_weight[neurons].clone())
-        self.up_rows = nn.Parameter(ffn.up_weight[neurons].clone())
-        self.down_columns = nn.Parameter(ffn.down_weight[:, neurons].clone())
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        gate = self.projections["gate"].weight.clone()
-        gate[self.neurons] = self.gate_rows
-        up = self.projections["up"].weight.clone()
-        up[self.neurons] = self.up_rows
-        h = F.silu(F.linear(x, gate)) * F.linear(x, up)
-        down = self.projections["down"].weight.clone()
-        down[:, self.neurons] = self.down_columns
-        return F.linear(h, down)
-
-
-def build_floor(base: nn.Module, neurons: Sequence[Tensor]) -> Peer:
-    model = share(base)
-    model.enable_input_require_grads()
-    return Peer(model, 0, [])
-
-
-def build_ours(base: nn.Module, neurons: Sequence[Tensor], policy: Policy = "save", logits: bool = True) -> Peer:
-    # The trained values live in the FFN weights, so those are not shared.
-    model = share(base, ffn_weights(find_ffns(base)))
-    subnetwork = attach_subnetwork(model, neurons, policy)
-    if not logits:
-        without_logits(model)
-    parameters = subnetwork.parameters()
-    optimizer = subnetwork.optimizer(lr=LEARNING_RATE, weight_decay=0.0)
-    gradients = functools.partial(_gradients, parameters)
-    return Peer(model, subnetwork.trainable(), parameters, gradients, optimizer)
-
-
-def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters]
-
-
-def build_full(base: nn.Module, neurons: Sequence[Tensor]) -> Peer:
-    model = share(base, base.parameters()).requires_grad_(True)
-    return Peer(model, model.num_parameters(), list(model.parameters()))
-
-
-def build_ffn(base: nn.Module, neurons: Sequence[Tensor]) -> Peer:
-    model = share(base, ffn_weights(find_ffns(base)))
-    ffns = find_ffns(model)
-    weights = ffn_weights(ffns)
-    for weight in weights:
-        weight.requires_grad_(True)
-    gradients = functools.partial(dense_gradients, ffns, neurons)
-    return Peer(model, sum(weight.numel() for weight in weights), weights, gradients)
-
-
-def build_masked(base: nn.Module, neurons: Sequence[Tensor]) -> Peer:
-    peer = build_ffn(base, neurons)
-    for ffn, chosen in zip(find_ffns(peer.model), neurons, strict=True):
-        down = ffn.projections["down"]
-        down.register_buffer("mask", torch.zeros_like(ffn.down_weight[0]).index_fill_(0, chosen, 1.0))
-        for name, mask in (("gate", down.mask[:, None]), ("up", down.mask[:, None]), ("down", down.mask)):
-            ffn.projections[name].weight.register_post_accumulate_grad_hook(functools.partial(mask_gradient, mask))
-    peer.trainable = sum(3 * len(chosen) * ffn.hidden_size for chosen in neurons)
-    return peer
-
-
-def mask_gradient(mask: Tensor, weight: nn.Parameter) -> None:
-    """Sets the gradient to zero where the mask is."""
-    weight.grad.mul_(mask)
-
-
-def build_clone_scatter(base: nn.Module, neurons: Sequence[Tensor]) -> Peer:
-    model = share(base)
-    layers = []
-    for ffn, chosen in zip(find_ffns(model), neurons, strict=True):
-        if len(chosen):
-            layers.append(CloneScatterFFN(ffn, chosen))
-            ffn.replace(layers[-1])
-    parameters = [parameter for layer in layers for parameter in (layer.gate_rows, layer.up_rows, layer.down_columns)]
-
-    def gradients() -> list[Tensor]:
-        parts = ((layer.gate_rows.grad, layer.up_rows.grad, layer.down_columns.grad.T) for layer in layers)
-        return [gradient for part in parts for gradient in part]
-
-    return Peer(model, sum(parameter.numel() for parameter in parameters), parameters, gradients)
-
-
-def build_lora(base: nn.Module, neurons: Sequence[Tensor], targets: str | list[str] = "all-linear") -> Peer:
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(r=LORA_RANK, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(share(base), settings)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Peer(model, sum(parameter.numel() for parameter in parameters), parameters)
-
-
+# The name here -> how `build_peer` is asked for it.
 PEERS = {
-    "floor": build_floor,
-    "ours": build_ours,
-    "ours-recompute": functools.partial(build_ours, policy="recompute"),
-    "ours-checkpoint": functools.partial(build_ours, policy="checkpoint"),
-    "ours-tune": functools.partial(build_ours, logits=False),
-    "full": build_full,
-    "ffn": build_ffn,
-    "masked": build_masked,
-    "clone-scatter": build_clone_scatter,
-    "lora": build_lora,
-    "lora-qv": functools.partial(build_lora, targets=["q_proj", "v_proj"]),
+    name: functools.partial(build_peer, method, fused_loss=name == "ours-tune")
+    for name, method in {
+        "floor": "floor",
+        "ours": "ours-save",
+        "ours-recompute": "ours-recompute",
+        "ours-checkpoint": "ours-checkpoint",
+        "ours-tune": "ours-save",
+        "full": "full",
+        "ffn": "ffn",
+        "masked": "masked",
+        "clone-scatter": "clone-scatter",
+        "lora": "lora",
+        "lora-qv": "lora-qv",
+    }.items()
 }
-
-
-def ffn_weights(ffns: Sequence[FFN]) -> list[nn.Parameter]:
-    """Gate, up and down weight of every FFN."""
-    return [projection.weight for ffn in ffns for projection in ffn.projections.values()]
-
-
-def dense_gradients(ffns: Sequence[FFN], neurons: Sequence[Tensor]) -> list[Tensor]:
-    """The selected rows and columns of dense weight gradients, in the order of ``Peer.gradients``."""
-    selected = []
-    for ffn, chosen in zip(ffns, neurons, strict=True):
-        if len(chosen):
-            gate, up, down = (ffn.projections[name].weight.grad for name in ("gate", "up", "down"))
-            selected += [gate[chosen], up[chosen], down[:, chosen].T]
-    return selected
 
 
 def draw_neurons(layers: int, width: int) -> list[Tensor]:

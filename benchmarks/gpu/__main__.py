@@ -127,10 +127,11 @@ def gather_facts(device: torch.device, commit: str | None) -> dict[str, Any]:
 
 
 def print_table(stage: Stage) -> None:
-    """One line per row, and what was measured on."""
-    width = max([len(row["key"]) for row in stage.rows], default=0)
+    """One line per row, and what was measured on; rounds, of which others are made, are left out."""
+    rows = [row for row in stage.rows if "round" not in row]
+    width = max([len(row["key"]) for row in rows], default=0)
     write_line(f"\n{stage.name}: {stage.path}")
-    for row in stage.rows:
+    for row in rows:
         write_line(f"  {row['key']:<{width}}  {describe(row)}")
     facts = ("device", "torch", "triton", "transformers", "commit", "code")
     write_line("  " + ", ".join(f"{name} {stage.facts[name]}" for name in facts))

@@ -11,6 +11,7 @@ from torch import nn
 from benchmarks import count_overhead, identify, languages, train_step
 from benchmarks.llama import build_llama, option_parser, random_tokens
 from benchmarks.measure import LiveBytes, paired_ratio, saved_bytes
+from benchmarks.peers import LORA_RANK
 from lape_fast.errors import ConfigError
 from lape_fast.files import read_json
 from lape_fast.identify.neurons import NeuronSet
@@ -37,7 +38,7 @@ LINEAR = LAYERS * (ATTENTION + FFN) + HEAD
 
 # Inputs and outputs of every linear layer but the head, at the adapters' rank.
 WIDTHS = (4 * HIDDEN + (2 * HEADS + 2 * KEY_HEADS) * HEAD_SIZE) + 3 * (HIDDEN + NEURONS)
-LORA = train_step.LORA_RANK * LAYERS * WIDTHS
+LORA = LORA_RANK * LAYERS * WIDTHS
 
 # Neurons per layer; one layer has none, and the first has some.
 SELECTED = (3, 0, 7, 20)
@@ -116,7 +117,7 @@ def test_flops_are_those_of_the_arithmetic(train_rows):
     ours = forward + above + 2 * SELECTED[0] * HIDDEN + 2 * 3 * sum(SELECTED) * HIDDEN
     dense = forward + above + 2 * PROJECTION
     # An adapter's two factors cost 6 per weight, but nothing below the first layer's three inputs needs a gradient.
-    lora = 6 * LORA - 3 * 2 * train_step.LORA_RANK * HIDDEN
+    lora = 6 * LORA - 3 * 2 * LORA_RANK * HIDDEN
     expected = {
         "floor": 4 * LINEAR + LAYERS * (attention_forward + attention_backward),
         "full": 6 * LINEAR + LAYERS * (attention_forward + attention_backward),
