@@ -111,7 +111,7 @@ def test_tall_tiles_count_the_same(run, pattern):
     gate, up = sample(300, 77, dtype=torch.bfloat16), sample(300, 77, dtype=torch.bfloat16, seed=1)
     language_ids = language_ids_of(pattern, 300)
     counts = torch.zeros(LANGUAGES, 77, dtype=torch.int64)
-    h, result = run(helpers.forward_in_tall_tiles, gate, up, "relu", language_ids, counts)
+    h, result = run(helpers.in_tall_tiles, helpers.forward, gate, up, "relu", language_ids, counts)
     assert torch.equal(result, counted(gate, language_ids, counts))
     assert torch.equal(h, eager_forward(gate, up, "relu"))
 
