@@ -296,7 +296,10 @@ _BYTES = {
 
 
 def _widths(instructions: list[str], access: str) -> dict[int, int]:
-    mnemonic = {"load": r"\bLDG\.\S+|\b(?:global|buffer)_load_\w+", "store": r"\bSTG\.\S+|\b(?:global|buffer)_store_\w+"}
+    mnemonic = {
+        "load": r"\bLDG\.\S+|\b(?:global|buffer)_load_\w+",
+        "store": r"\bSTG\.\S+|\b(?:global|buffer)_store_\w+",
+    }
     widths = Counter()
     for found in re.findall(mnemonic[access], "\n".join(instructions)):
         words = re.split(r"[._]", found)

@@ -15,8 +15,11 @@ from torch import Tensor
 from lape_fast.kernels.activations import activate, widen
 from lape_fast.kernels.launching import Configuration, launch_tiles
 
-# Wide segments make few atomic additions a tile; the count of a column takes one, however high the tile.
-CONFIGURATIONS = (Configuration(512, warps=4), Configuration(512, warps=8), Configuration(1024, warps=4))
+CONFIGURATIONS = (
+    Configuration(rows_per_warp=1, warps=4),
+    Configuration(rows_per_warp=1, warps=8),
+    Configuration(rows_per_warp=2, warps=4),
+)
 
 
 def launch(

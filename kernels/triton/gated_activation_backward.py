@@ -15,7 +15,11 @@ from lape_fast.kernels.activations import activate_with_slope, widen
 from lape_fast.kernels.launching import Configuration, launch_tiles
 
 # Tiles half as wide as the forward kernel's, so that fewer of them hold a selected column.
-CONFIGURATIONS = (Configuration(256, warps=4), Configuration(256, warps=8), Configuration(512, warps=4))
+CONFIGURATIONS = (
+    Configuration(rows_per_warp=2, warps=4),
+    Configuration(rows_per_warp=1, warps=4),
+    Configuration(rows_per_warp=4, warps=4),
+)
 
 
 def launch(

@@ -9,7 +9,7 @@ leave room for 32 warps, whose other half computes meanwhile: that is what the t
 Larger steps were compiled too. They cost registers, so fewer warps are resident, and ptxas moves their loads down
 between the computations again, to where they are used.
 
-A wavefront of 64 threads takes twice the rows in a step, so that 16 bytes a thread stay.
+A wavefront of 64 threads reads twice the columns, so that 16 bytes a thread stay.
 
 The programs of a last, partly filled wave cannot fill the memory's bandwidth. Tiles are therefore cut as low as it
 takes to give every multiprocessor its programs. Their height is an argument of the kernel and not a constant, so that
@@ -51,15 +51,15 @@ ASSUMED_DEVICE = Device(132, 32)
 class Configuration(NamedTuple):
     """What an elementwise kernel is compiled for."""
 
-    # Of one row: what neighbouring threads read together.
-    segment_bytes: int
+    # That a warp reads at a time: with more, the tiles are narrower.
+    rows_per_warp: int
     warps: int
 
     def options(self, itemsize: int, lanes: int) -> dict[str, int]:
         """The kernel's constants for entries of so many bytes."""
         return {
-            "STEP_ROWS": THREAD_BYTES * lanes * self.warps // self.segment_bytes,
-            "TILE_COLUMNS": self.segment_bytes // itemsize,
+            "STEP_ROWS": self.rows_per_warp * self.warps,
+            "TILE_COLUMNS": THREAD_BYTES * lanes // self.rows_per_warp // itemsize,
             "num_warps": self.warps,
         }
 

@@ -44,16 +44,16 @@ def forward(
         return gated_activation(gate, up, activation, language_ids, counts, backend="triton"), counts
 
 
-def in_tall_tiles(function: Callable, *arguments: Any) -> Any:
-    """function(*arguments) with the tiles that are otherwise kept for large inputs."""
+def forward_in_tall_tiles(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """``forward`` with the tiles that are otherwise kept for large inputs."""
     from lape_fast.kernels import launching
 
     with mock.patch.object(launching, "PROGRAMS_PER_MULTIPROCESSOR", 0):
-        return function(*arguments)
+        return forward(*arguments)
 
 
-def autotuned(function: Callable, *arguments: Any) -> tuple[Any, int]:
-    """function(*arguments) with autotuning on a device whose trials take no time, and how many trials were made."""
+def autotuned(name: str, *arguments: Any) -> tuple[Any, int]:
+    """``forward`` or ``backward``, autotuned on a device whose trials take no time, and how many trials were made."""
     from triton.runtime.driver import driver
 
     trials = []
@@ -67,7 +67,7 @@ def autotuned(function: Callable, *arguments: Any) -> tuple[Any, int]:
 
     driver.set_active(SimpleNamespace(get_benchmarker=lambda: benchmark))
     with mock.patch.dict(os.environ, {"LAPE_FAST_AUTOTUNE": "1"}):
-        return function(*arguments), len(trials)
+        return {"forward": forward, "backward": backward}[name](*arguments), len(trials)
 
 
 def launch_forward(
