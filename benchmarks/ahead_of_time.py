@@ -234,7 +234,7 @@ def compile_case(case: Case | UpdateCase, target: str) -> Compiled:
     read = {"cuda": _read_nvidia, "hip": _read_amd}[TARGETS[target].backend]
     assembly, registers, spilled, lines = read(compiled.asm)
     # The AdamW kernel has no loop; a branch back of it leads to code that was put out of the way.
-    instructions = _longest_loop(lines) if isinstance(case, Case) else lines
+    instructions = _hot_loop(lines) if isinstance(case, Case) else lines
     shared, warps = compiled.metadata.shared, launch["num_warps"]
     return Compiled(
         compiled.asm["ttir"],
@@ -275,20 +275,25 @@ def _read_amd(asm: dict[str, Any]) -> tuple[str, int, int, list[str]]:
     return code, usage["vgpr_count"], spilled, [line.strip() for line in lines]
 
 
-def _longest_loop(lines: list[str]) -> list[str]:
-    """The lines between a label and the farthest branch back to it, of the loop for which these are the most."""
+def _hot_loop(lines: list[str]) -> list[str]:
+    """The lines from a label to the branch back to it, of the loop that holds the most loads and then the most lines.
+
+    A loop's rarer blocks may lie behind its end, so the longest way back need not be that of the loop over the rows.
+    """
     labels = {line[:-1]: number for number, line in enumerate(lines) if line.endswith(":")}
-    first, last = 0, 0
+    loops = [[]]
     for number, line in enumerate(lines):
         target = re.search(r"(?:BRA.*|s_c?branch\w*\s+)(\.L\w+)", line)
-        start = labels[target[1]] if target else number
-        # A branch to itself follows the end of a kernel, and the label stands one line before it.
-        if number - start > max(last - first, 1):
-            first, last = start, number
-    return lines[first : last + 1]
+        if target and labels[target[1]] < number:
+            loops.append(lines[labels[target[1]] : number + 1])
+    return max(loops, key=lambda loop: (sum(_widths(loop, "load").values()), len(loop)))
 
 
-# The last word of an access that is not of 4 bytes, in both vendors' assembly.
+_ACCESSES = {
+    "load": r"\bLDG\.\S+|\b(?:global|buffer)_load_\w+",
+    "store": r"\bSTG\.\S+|\b(?:global|buffer)_store_\w+",
+}
+# The word of an access that tells its bytes, where they are not 4, in both vendors' assembly.
 _BYTES = {
     **{"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32},
     **{"ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16},
@@ -296,12 +301,8 @@ _BYTES = {
 
 
 def _widths(instructions: list[str], access: str) -> dict[int, int]:
-    mnemonic = {
-        "load": r"\bLDG\.\S+|\b(?:global|buffer)_load_\w+",
-        "store": r"\bSTG\.\S+|\b(?:global|buffer)_store_\w+",
-    }
     widths = Counter()
-    for found in re.findall(mnemonic[access], "\n".join(instructions)):
+    for found in re.findall(_ACCESSES[access], "\n".join(instructions)):
         words = re.split(r"[._]", found)
         widths[next((_BYTES[word] for word in words if word in _BYTES), 4)] += 1
     return dict(sorted(widths.items()))

@@ -4,10 +4,11 @@ What a configuration must do is keep the memory busy. By Little's law a multipro
 under way. An H200 moves 4.8 TB/s for 132 multiprocessors and an A100 2.0 TB/s for 108; taking the latency for 1 us, to
 be on the safe side, that is 36 KB and 19 KB, of which the forward kernel reads 2/3 and the backward 3/5 (the rest are
 stores, which nobody waits for): 24 and 22 KB on an H200. A warp asks for 16 bytes a thread of every operand before it
-works on any, 1 KB forward and 1.5 KB backward, so 24 and 15 warps must be waiting at a time. 64 registers a thread
-leave room for 32 warps, whose other half computes meanwhile: that is what the tests hold the kernels' registers to.
-Larger steps were compiled too. They cost registers, so fewer warps are resident, and ptxas moves their loads down
-between the computations again, to where they are used.
+works on any, 1 KB forward and 1.5 KB backward, so 24 and 15 warps must be waiting at a time. 80 registers a thread
+leave room for 24 warps of any kernel, which is what the tests hold them to; the forward kernel takes 56 or fewer, so
+that of its 36 warps some can work while the others wait (benchmarks/results/static). Larger steps were compiled too.
+They cost registers, so fewer warps are resident, and ptxas moves their loads down between the computations again, to
+where they are used.
 
 A wavefront of 64 threads reads twice the columns, so that 16 bytes a thread stay.
 

@@ -56,6 +56,8 @@ def autotuned(name: str, *arguments: Any) -> tuple[Any, int]:
     """``forward`` or ``backward``, autotuned on a device whose trials take no time, and how many trials were made."""
     from triton.runtime.driver import driver
 
+    from lape_fast.kernels import launching
+
     trials = []
 
     def benchmark(launch: Callable, quantiles: tuple[float, ...]) -> list[float]:
@@ -65,6 +67,7 @@ def autotuned(name: str, *arguments: Any) -> tuple[Any, int]:
         # The last trial is the fastest.
         return [1 / len(trials)] * len(quantiles)
 
+    launching._autotuned.cache_clear()
     driver.set_active(SimpleNamespace(get_benchmarker=lambda: benchmark))
     with mock.patch.dict(os.environ, {"LAPE_FAST_AUTOTUNE": "1"}):
         return {"forward": forward, "backward": backward}[name](*arguments), len(trials)
