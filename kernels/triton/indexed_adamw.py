@@ -169,20 +169,20 @@ def indexed_adamw_kernel(
     exp_avg_sq = tl.load(exp_avg_sq_address, mask=inside, other=0)
     master_address = _row(line + 3, start, MASTER, ALIGNED) + columns
     master = tl.load(master_address, mask=inside, other=0)
-    neurons = tl.load(line + 1).to(tl.pointer_type(tl.int64))
-    neuron = tl.load(neurons + row * tl.load(line + 9))
 
     if clip is not None:
         grad *= tl.load(clip).to(MASTER)
     nearer_end = tl.where(tl.load(constants + 1) != 0, exp_avg, grad)
     exp_avg = nearer_end + tl.load(constants + 2) * (grad - exp_avg)
+    tl.store(exp_avg_address, exp_avg, mask=inside)
     exp_avg_sq = tl.load(constants + 3) * exp_avg_sq + tl.load(constants + 4) * grad * grad
+    tl.store(exp_avg_sq_address, exp_avg_sq, mask=inside)
     denominator = tl.sqrt(exp_avg_sq) * tl.load(constants + 6) + tl.load(constants + 7)
     master = master * tl.load(constants) - tl.load(constants + 5) * (exp_avg / denominator)
-    tl.store(exp_avg_address, exp_avg, mask=inside)
-    tl.store(exp_avg_sq_address, exp_avg_sq, mask=inside)
     tl.store(master_address, master, mask=inside)
 
+    neurons = tl.load(line + 1).to(tl.pointer_type(tl.int64))
+    neuron = tl.load(neurons + row * tl.load(line + 9))
     if (tl.load(line) != 0) & (neuron >= 0) & (neuron < tl.load(line + 8)):
         entry_stride = tl.load(line + 7)
         target = neuron * tl.load(line + 6) + first * entry_stride

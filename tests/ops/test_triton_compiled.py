@@ -84,17 +84,20 @@ def test_every_operand_is_read_and_written_16_bytes_at_a_time(compilations, case
         assert compiled.loads[16] >= 4 * accesses
         assert compiled.stores[16] >= 3 * accesses
         return
-    operands = 1 + case.gated
+    loads, stores = dict(compiled.loads), dict(compiled.stores)
+    written = 1 if case.kernel == "forward" else 1 + case.gated
+    read = 1 + case.gated + (case.kernel == "backward")
+    # The compiler unrolls the shortest loops.
+    steps = stores.pop(16) // written
+    assert steps > 0 and loads.pop(16) == read * steps
     if case.kernel == "forward":
-        assert compiled.loads.pop(16) == operands
         # What is left are language ids, in the order of the rows and in that of the threads.
-        assert all(width == 4 for width in compiled.loads) and sum(compiled.loads.values()) <= 2 * case.extra
-        assert compiled.stores == {16: 1}
+        assert sum(loads.values()) <= 2 * case.extra and set(loads) <= {4}
+        assert not stores
     else:
-        assert compiled.loads == {16: 1 + operands}
+        assert not loads
         # Selected columns are stored one by one.
-        assert compiled.stores.pop(16) == operands
-        assert set(compiled.stores) == ({case.dtype.itemsize} if case.extra else set())
+        assert set(stores) == ({case.dtype.itemsize} if case.extra else set())
 
 
 def test_the_committed_table_is_what_the_compiler_makes(compilations):
