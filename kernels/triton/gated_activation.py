@@ -8,20 +8,18 @@ for an elementwise op, would need one per element.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lape_fast.kernels.activations import activate, widen
+from lape_fast.kernels.launching import Configuration, launch_tiles
 
-NUM_WARPS = 4
-# Each warp reads 512 contiguous bytes of one row at a time, 16 a thread.
-SEGMENT_BYTES = 512
-STEP_ROWS = NUM_WARPS
-# Tall tiles add to the counts less often; short ones keep every multiprocessor busy on a small input.
-TALL_TILE_ROWS, SHORT_TILE_ROWS = 128, 32
-TALL_FROM_ELEMENTS = 2**26
+CONFIGURATIONS = (
+    Configuration(rows_per_warp=1, warps=4),
+    Configuration(rows_per_warp=1, warps=8),
+    Configuration(rows_per_warp=2, warps=4),
+)
 
 
 def launch(
@@ -36,31 +34,22 @@ def launch(
     h = gate.new_empty(tokens, neurons)
     if h.numel() == 0:
         return h
-    tile_rows = TALL_TILE_ROWS if h.numel() >= TALL_FROM_ELEMENTS else SHORT_TILE_ROWS
-    tile_columns = SEGMENT_BYTES // gate.element_size()
-    programs = triton.cdiv(tokens, tile_rows) * triton.cdiv(neurons, tile_columns)
-    with torch.cuda.device_of(gate):
-        gated_activation_kernel[(programs,)](
-            h,
-            gate,
-            up,
-            language_ids,
-            counts,
-            tokens,
-            neurons,
-            0 if counts is None else counts.shape[0],
-            gate.stride(0),
-            0 if up is None else up.stride(0),
-            ACTIVATION=activation,
-            TILE_ROWS=tile_rows,
-            STEP_ROWS=STEP_ROWS,
-            TILE_COLUMNS=tile_columns,
-            num_warps=NUM_WARPS,
-        )
+    arguments = {
+        "h": h,
+        "gate": gate,
+        "up": up,
+        "language_ids": language_ids,
+        "counts": counts,
+        "languages": 0 if counts is None else counts.shape[0],
+        "gate_stride": gate.stride(0),
+        "up_stride": 0 if up is None else up.stride(0),
+        "ACTIVATION": activation,
+    }
+    launch_tiles(gated_activation_kernel, CONFIGURATIONS, ("counts",), arguments)
     return h
 
 
-@triton.jit(do_not_specialize=["tokens", "languages"])
+@triton.jit(do_not_specialize=["tokens", "languages", "tile_rows"])
 def gated_activation_kernel(
     h,  # [T, F]
     gate,  # [T, F]
@@ -72,14 +61,14 @@ def gated_activation_kernel(
     languages,
     gate_stride,
     up_stride,
+    tile_rows,
     ACTIVATION: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
     STEP_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
     column_tiles = tl.cdiv(neurons, TILE_COLUMNS)
-    first_row = (tl.program_id(0) // column_tiles) * TILE_ROWS
-    end_row = tl.minimum(first_row + TILE_ROWS, tokens)
+    first_row = (tl.program_id(0) // column_tiles) * tile_rows
+    end_row = tl.minimum(first_row + tile_rows, tokens)
     columns = (tl.program_id(0) % column_tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     steps = tl.arange(0, STEP_ROWS)
     if counts is not None:
@@ -87,26 +76,30 @@ def gated_activation_kernel(
         language = languages
         counters = tl.zeros([STEP_ROWS, TILE_COLUMNS], tl.int32)
 
-    # The next step's rows are loaded before this step's are used: otherwise the compiler waits for gate before it
-    # even asks for up, and half of the memory's latency is exposed.
-    next_gate = _load_rows(gate, gate_stride, first_row + steps, end_row, columns, neurons)
+    # 64 bits, because T x F passes 2^31. Later rows are reached by addition, which takes fewer instructions.
+    wide_rows = (first_row + steps).to(tl.int64)[:, None]
+    gate_rows = gate + wide_rows * gate_stride
+    h_rows = h + wide_rows * neurons
     if up is not None:
-        next_up = _load_rows(up, up_stride, first_row + steps, end_row, columns, neurons)
+        up_rows = up + wide_rows * up_stride
     for row in range(first_row, end_row, STEP_ROWS):
         rows = row + steps
-        wide_gate = widen(next_gate)
-        next_gate = _load_rows(gate, gate_stride, rows + STEP_ROWS, end_row, columns, neurons)
-        product = activate(wide_gate, ACTIVATION)
+        inside = (rows < end_row)[:, None] & (columns < neurons)[None, :]
+        # All loads come before all work: one at a time, each would wait for the memory.
+        gate_values = tl.load(gate_rows + columns[None, :], mask=inside, other=0)
+        gate_rows += tl.cast(gate_stride, tl.int64) * STEP_ROWS
         if up is not None:
-            product *= widen(next_up)
-            next_up = _load_rows(up, up_stride, rows + STEP_ROWS, end_row, columns, neurons)
-
+            up_values = tl.load(up_rows + columns[None, :], mask=inside, other=0)
+            up_rows += tl.cast(up_stride, tl.int64) * STEP_ROWS
         if counts is not None:
             ids = tl.load(language_ids + rows, mask=rows < end_row, other=-1)
 
-        address = h + rows.to(tl.int64)[:, None] * neurons + columns[None, :]
-        inside = (rows < end_row)[:, None] & (columns < neurons)[None, :]
-        tl.store(address, product.to(h.dtype.element_ty), mask=inside)
+        wide_gate = widen(gate_values)
+        product = activate(wide_gate, ACTIVATION)
+        if up is not None:
+            product *= widen(up_values)
+        tl.store(h_rows + columns[None, :], product.to(h.dtype.element_ty), mask=inside)
+        h_rows += tl.cast(neurons, tl.int64) * STEP_ROWS
 
         if counts is not None:
             # The gate is compared in fp32: the interpreter compares bf16 as raw bits.
@@ -123,12 +116,6 @@ def gated_activation_kernel(
 
     if counts is not None:
         _add_to_counts(counts, counters, language, columns, neurons, languages)
-
-
-@triton.jit
-def _load_rows(values, stride, rows, end_row, columns, neurons):
-    inside = (rows < end_row)[:, None] & (columns < neurons)[None, :]
-    return tl.load(values + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0)
 
 
 @triton.jit

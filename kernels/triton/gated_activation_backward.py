@@ -7,19 +7,19 @@ already, so the selected columns cost no second pass over memory.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lape_fast.kernels.activations import activate_with_slope, widen
+from lape_fast.kernels.launching import Configuration, launch_tiles
 
-NUM_WARPS = 4
-# Half a warp reads 256 contiguous bytes of one row at a time, 16 a thread: tiles half as wide as those of the forward
-# kernel, so that fewer of them hold a selected column.
-SEGMENT_BYTES = 256
-STEP_ROWS = 2 * NUM_WARPS
-TILE_ROWS = 64
+# Tiles half as wide as the forward kernel's, so that fewer of them hold a selected column.
+CONFIGURATIONS = (
+    Configuration(rows_per_warp=2, warps=4),
+    Configuration(rows_per_warp=1, warps=4),
+    Configuration(rows_per_warp=4, warps=4),
+)
 
 
 def launch(
@@ -37,32 +37,24 @@ def launch(
     if gate.numel() == 0:
         return hidden, grads
     selecting = slots is not None and selected > 0
-    tile_columns = SEGMENT_BYTES // gate.element_size()
-    programs = triton.cdiv(tokens, TILE_ROWS) * triton.cdiv(neurons, tile_columns)
-    with torch.cuda.device_of(gate):
-        gated_activation_backward_kernel[(programs,)](
-            grad_h,
-            gate,
-            up,
-            slots if selecting else None,
-            hidden if selecting else None,
-            grads if selecting else None,
-            tokens,
-            neurons,
-            selected,
-            grad_h.stride(0),
-            gate.stride(0),
-            0 if up is None else up.stride(0),
-            ACTIVATION=activation,
-            TILE_ROWS=TILE_ROWS,
-            STEP_ROWS=STEP_ROWS,
-            TILE_COLUMNS=tile_columns,
-            num_warps=NUM_WARPS,
-        )
+    arguments = {
+        "grad_h": grad_h,
+        "gate": gate,
+        "up": up,
+        "slots": slots if selecting else None,
+        "hidden": hidden if selecting else None,
+        "grads": grads if selecting else None,
+        "selected": selected,
+        "grad_stride": grad_h.stride(0),
+        "gate_stride": gate.stride(0),
+        "up_stride": 0 if up is None else up.stride(0),
+        "ACTIVATION": activation,
+    }
+    launch_tiles(gated_activation_backward_kernel, CONFIGURATIONS, ("gate", "up"), arguments)
     return hidden, grads
 
 
-@triton.jit(do_not_specialize=["tokens", "selected"])
+@triton.jit(do_not_specialize=["tokens", "selected", "tile_rows"])
 def gated_activation_backward_kernel(
     grad_h,  # [T, F]
     gate,  # [T, F]
@@ -76,15 +68,16 @@ def gated_activation_backward_kernel(
     grad_stride,
     gate_stride,
     up_stride,
+    tile_rows,
     ACTIVATION: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
     STEP_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
     column_tiles = tl.cdiv(neurons, TILE_COLUMNS)
-    first_row = (tl.program_id(0) // column_tiles) * TILE_ROWS
-    end_row = tl.minimum(first_row + TILE_ROWS, tokens)
+    first_row = (tl.program_id(0) // column_tiles) * tile_rows
+    end_row = tl.minimum(first_row + tile_rows, tokens)
     columns = (tl.program_id(0) % column_tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    steps = tl.arange(0, STEP_ROWS)
     if slots is not None:
         slot = tl.load(slots + columns, mask=columns < neurons, other=-1)
         # A slot beyond the outputs must not write outside them.
@@ -94,17 +87,30 @@ def gated_activation_backward_kernel(
         tile_hidden = hidden + first_row.to(tl.int64) * selected
         tile_grads = grads + first_row.to(tl.int64) * selected * (1 if up is None else 2)
 
+    # 64 bits, because T x F passes 2^31. Later rows are reached by addition, which takes fewer instructions.
+    wide_rows = (first_row + steps).to(tl.int64)[:, None]
+    grad_rows = grad_h + wide_rows * grad_stride
+    gate_rows = gate + wide_rows * gate_stride
+    if up is not None:
+        up_rows = up + wide_rows * up_stride
     for row in range(first_row, end_row, STEP_ROWS):
-        rows = row + tl.arange(0, STEP_ROWS)
-        wide_rows = rows.to(tl.int64)[:, None]
+        rows = row + steps
         inside = (rows < end_row)[:, None] & (columns < neurons)[None, :]
-        grad_address = grad_h + wide_rows * grad_stride + columns[None, :]
-        gate_address = gate + wide_rows * gate_stride + columns[None, :]
-        wide_grad = widen(tl.load(grad_address, mask=inside, other=0))
-        activated, slope = activate_with_slope(widen(tl.load(gate_address, mask=inside, other=0)), ACTIVATION)
+        gate_address = gate_rows + columns[None, :]
+        # All loads come before all work: one at a time, each would wait for the memory.
+        grad_values = tl.load(grad_rows + columns[None, :], mask=inside, other=0)
+        gate_values = tl.load(gate_address, mask=inside, other=0)
+        grad_rows += tl.cast(grad_stride, tl.int64) * STEP_ROWS
+        gate_rows += tl.cast(gate_stride, tl.int64) * STEP_ROWS
         if up is not None:
-            up_address = up + wide_rows * up_stride + columns[None, :]
-            wide_up = widen(tl.load(up_address, mask=inside, other=0))
+            up_address = up_rows + columns[None, :]
+            up_values = tl.load(up_address, mask=inside, other=0)
+            up_rows += tl.cast(up_stride, tl.int64) * STEP_ROWS
+
+        wide_grad = widen(grad_values)
+        activated, slope = activate_with_slope(widen(gate_values), ACTIVATION)
+        if up is not None:
+            wide_up = widen(up_values)
             product = activated * wide_up
             grad_gate = (wide_grad * wide_up * slope).to(gate.dtype.element_ty)
             grad_up = (wide_grad * activated).to(up.dtype.element_ty)

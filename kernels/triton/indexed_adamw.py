@@ -161,24 +161,24 @@ def indexed_adamw_kernel(
     columns = tl.arange(0, BLOCK)
     inside = columns < count
 
+    # All loads come before all stores: the compiler cannot know that they do not overlap, and moves none up across one.
     grad = tl.load(_row(line + 2, start, MASTER, ALIGNED) + columns, mask=inside, other=0)
-    if clip is not None:
-        grad *= tl.load(clip).to(MASTER)
     exp_avg_address = _row(line + 4, start, MASTER, ALIGNED) + columns
     exp_avg = tl.load(exp_avg_address, mask=inside, other=0)
+    exp_avg_sq_address = _row(line + 5, start, MASTER, ALIGNED) + columns
+    exp_avg_sq = tl.load(exp_avg_sq_address, mask=inside, other=0)
+    master_address = _row(line + 3, start, MASTER, ALIGNED) + columns
+    master = tl.load(master_address, mask=inside, other=0)
+
+    if clip is not None:
+        grad *= tl.load(clip).to(MASTER)
     nearer_end = tl.where(tl.load(constants + 1) != 0, exp_avg, grad)
     exp_avg = nearer_end + tl.load(constants + 2) * (grad - exp_avg)
     tl.store(exp_avg_address, exp_avg, mask=inside)
-
-    exp_avg_sq_address = _row(line + 5, start, MASTER, ALIGNED) + columns
-    exp_avg_sq = tl.load(exp_avg_sq_address, mask=inside, other=0)
     exp_avg_sq = tl.load(constants + 3) * exp_avg_sq + tl.load(constants + 4) * grad * grad
     tl.store(exp_avg_sq_address, exp_avg_sq, mask=inside)
-
-    master_address = _row(line + 3, start, MASTER, ALIGNED) + columns
-    master = tl.load(master_address, mask=inside, other=0) * tl.load(constants)
     denominator = tl.sqrt(exp_avg_sq) * tl.load(constants + 6) + tl.load(constants + 7)
-    master -= tl.load(constants + 5) * (exp_avg / denominator)
+    master = master * tl.load(constants) - tl.load(constants + 5) * (exp_avg / denominator)
     tl.store(master_address, master, mask=inside)
 
     neurons = tl.load(line + 1).to(tl.pointer_type(tl.int64))

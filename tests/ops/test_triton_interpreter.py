@@ -116,6 +116,23 @@ def test_tall_tiles_count_the_same(run, pattern):
     assert torch.equal(h, eager_forward(gate, up, "relu"))
 
 
+def test_the_autotuners_trials_leave_no_trace(run):
+    grad_h, gate, up = (sample(77, 257, dtype=torch.bfloat16, seed=seed) for seed in range(3))
+    counts = torch.arange(LANGUAGES * 257).view(LANGUAGES, 257)
+    language_ids = language_ids_of("runs", 77)
+    for operands in ((gate, up), (gate, None)):
+        arguments = (*operands, "relu", language_ids, counts)
+        (h, result), trials = run(helpers.autotuned, "forward", *arguments)
+        assert trials > 1
+        assert torch.equal(h, eager_forward(*operands, "relu"))
+        assert torch.equal(result, counted(gate, language_ids, counts))
+        (grad_gate, grad_up, *_), trials = run(helpers.autotuned, "backward", grad_h, *operands, "relu")
+        assert trials > 1
+        _, *expected = eager_backward(grad_h, *operands, "relu")
+        assert torch.equal(grad_gate, expected[0])
+        assert grad_up is None or torch.equal(grad_up, expected[1])
+
+
 def test_language_ids_out_of_range_are_not_counted(run):
     gate = sample(63, 77)
     language_ids = (torch.arange(63) % 9 - 2).to(torch.int32)
