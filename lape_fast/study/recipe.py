@@ -1,0 +1,474 @@
+"""Recipes: a YAML file that says everything about a study, checked completely before anything is loaded.
+
+A recipe is read over the defaults of its preset: ``corrected`` (those of the classes here) trains every method alike,
+``paper`` repeats the choices published in arXiv 2510.13580 and its scripts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lape_fast.errors import ConfigError, LapeFastError
+from lape_fast.identify import parse_rules
+from lape_fast.text import canonical
+from lape_fast.text.records import LineRange
+from lape_fast.tune import BaseSize, TrainingSettings, parse_method
+
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ALL, TARGETS = "all", "targets"
+DEFAULT = "default"
+
+# What a preset changes of the defaults. Neither repeats the faults of the published scripts (docs/study.md).
+PRESETS: dict[str, dict[str, Any]] = {
+    "corrected": {},
+    "paper": {
+        "identify": {"rule": "paper", "languages": TARGETS},
+        "methods": ["subnetwork", "random", "ffn", "full", "lora:rank=32,alpha=64,dropout=0.1"],
+        "learning_rates": {DEFAULT: [1e-4], "full": [1e-5], "ffn": [1e-5]},
+        "seeds": [0],
+        "training": {
+            "tokens": 100_000_000,
+            "context_length": 512,
+            "rows_per_step": 2,
+            "schedule": "constant",
+            "warmup": 0.0,
+            "weight_decay": 0.01,
+            "evaluate_every": 500,
+        },
+    },
+}
+
+Reader = Callable[[Any, str], Any]
+
+
+def _key(read: Reader, default: Any = MISSING) -> Any:
+    """A field of a section: how its value is read from YAML, and what it is where the recipe is silent."""
+    return field(default=default, metadata={"read": read})
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"`{where}` is {value!r}; write a text.")
+    return value
+
+
+def _flag(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"`{where}` is {value!r}; write true or false.")
+    return value
+
+
+def _lines(value: Any, where: str) -> str:
+    try:
+        return str(LineRange.parse(str(value)))
+    except ConfigError as error:
+        raise ConfigError(f"`{where}`: {error}") from error
+
+
+def _number(fits: Callable[[float], bool], wanted: str) -> Reader:
+    def read(value: Any, where: str) -> float:
+        # YAML reads 1e-4 as a text, and 1.0e-4 as a number.
+        try:
+            number = float(value) if not isinstance(value, bool) else math.nan
+        except (TypeError, ValueError):
+            number = math.nan
+        if not fits(number) or not math.isfinite(number):
+            raise ConfigError(f"`{where}` is {value!r}; write a number {wanted}.")
+        return number
+
+    return read
+
+
+def _whole(least: int) -> Reader:
+    def read(value: Any, where: str) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"`{where}` is {value!r}; write a whole number of at least {least}.")
+        return value
+
+    return read
+
+
+def _one_of(choices: Sequence[str]) -> Reader:
+    def read(value: Any, where: str) -> str:
+        if value not in choices:
+            raise ConfigError(f"`{where}` is {value!r}; {_did_you_mean(value, choices)}")
+        return value
+
+    return read
+
+
+def _each(read: Reader, *, empty: bool = False) -> Reader:
+    def read_all(value: Any, where: str) -> tuple:
+        if not isinstance(value, list) or not (value or empty):
+            raise ConfigError(f"`{where}` is {value!r}; write a list{'' if empty else ' with one value or more'}.")
+        found = tuple(read(each, f"{where}[{number}]") for number, each in enumerate(value))
+        twice = sorted({str(each) for each in found if found.count(each) > 1})
+        if twice:
+            raise ConfigError(f"`{where}` names {twice[0]} twice; name it once.")
+        return found
+
+    return read_all
+
+
+def _code(value: Any, where: str) -> str:
+    try:
+        return canonical(_text(value, where))
+    except LapeFastError as error:
+        raise ConfigError(f"`{where}`: {error}") from error
+
+
+def _codes(*words: str) -> Reader:
+    """A list of language codes, or one of the words."""
+
+    def read(value: Any, where: str) -> str | tuple[str, ...]:
+        return value if value in words else _each(_code)(value, where)
+
+    return read
+
+
+def _rule(value: Any, where: str) -> str:
+    try:
+        rules = parse_rules(_text(value, where))
+    except LapeFastError as error:
+        raise ConfigError(f"`{where}`: {error}") from error
+    if len(rules) > 1:
+        raise ConfigError(f"`{where}` is {value!r}, which is {len(rules)} rules; give one.")
+    return value
+
+
+def _method(value: Any, where: str) -> str:
+    try:
+        parse_method(_text(value, where))
+    except LapeFastError as error:
+        raise ConfigError(f"`{where}`: {error}") from error
+    return value
+
+
+_rate = _number(lambda value: value > 0, "above 0, such as 1e-4")
+_share = _number(lambda value: 0 <= value <= 1, "from 0 to 1")
+_positive = _number(lambda value: value > 0, "above 0")
+
+
+def _rates(value: Any, where: str) -> dict[str, tuple[float, ...]]:
+    """Learning rates of all methods, or by method with those of the others under ``default``."""
+    if not isinstance(value, Mapping):
+        return {DEFAULT: _each(_rate)(value, where)}
+    return {str(name): _each(_rate)(rates, f"{where}.{name}") for name, rates in value.items()}
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"`{where or 'the recipe'}` is {value!r:.60}; write a mapping of names to values.")
+    return dict(value)
+
+
+def _section(kind: type) -> Reader:
+    """Reads a mapping into a dataclass whose fields are keys."""
+
+    def read(value: Any, where: str) -> Any:
+        given = _mapping(value, where)
+        known = {each.name: each for each in fields(kind)}
+        prefix = f"{where}." if where else ""
+        for name in given:
+            if name not in known:
+                raise ConfigError(f"The recipe has the unknown key `{prefix}{name}`; {_did_you_mean(name, known)}")
+        # What is written as null is as if it were left out.
+        values = {name: known[name].metadata["read"](each, prefix + name) for name, each in given.items() if each is not None}
+        lacking = [name for name, each in known.items() if each.default is MISSING and name not in values]
+        if lacking:
+            raise ConfigError(f"The recipe lacks `{prefix}{lacking[0]}`; add it.")
+        return kind(**values)
+
+    return read
+
+
+def _did_you_mean(word: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f"did you mean `{close[0]}`?" if close else f"write one of {', '.join(known)}."
+
+
+@dataclass(frozen=True)
+class Text:
+    """Which text is trained on, chosen by and reported on.
+
+    Attributes:
+        corpus: of training and counting.
+        evaluation_corpus: of validation and test; the same where it is None.
+        aligned: read only the files that lie in the corpus folder itself, line N of each being the same sentence.
+        text_column: of records.
+        train, validation, test: lines.
+    """
+
+    corpus: str = _key(_text)
+    evaluation_corpus: str | None = _key(_text, None)
+    aligned: bool = _key(_flag, False)
+    text_column: str | None = _key(_text, None)
+    train: str = _key(_lines)
+    validation: str = _key(_lines)
+    test: str = _key(_lines)
+
+
+@dataclass(frozen=True)
+class Identify:
+    """How neurons are found: counted and selected by a rule, or read from a file.
+
+    Attributes:
+        rule: as for ``lape-fast select``.
+        neurons: a neuron file to use instead.
+        languages: which are counted: all of the corpus, the targets, or codes.
+        tokens_per_language: None counts all training lines.
+        context_length: tokens per row.
+    """
+
+    rule: str = _key(_rule, "lape")
+    neurons: str | None = _key(_text, None)
+    languages: str | tuple[str, ...] = _key(_codes(ALL, TARGETS), ALL)
+    tokens_per_language: int | None = _key(_whole(1), None)
+    context_length: int = _key(_whole(2), 512)
+
+
+@dataclass(frozen=True)
+class Training:
+    """The same for every method; see ``TrainingSettings``.
+
+    Attributes:
+        tokens: of a run, from which the steps follow; not beside ``steps``.
+        evaluate_every: steps between measurements; a quarter of a run where it is None.
+    """
+
+    steps: int | None = _key(_whole(1), None)
+    tokens: int | None = _key(_whole(1), None)
+    context_length: int = _key(_whole(2), 512)
+    rows_per_step: int = _key(_whole(1), 8)
+    rows_per_pass: int | None = _key(_whole(1), None)
+    schedule: str = _key(_one_of(SCHEDULES), "cosine")
+    warmup: float = _key(_share, 0.05)
+    weight_decay: float = _key(_number(lambda value: value >= 0, "of at least 0"), 0.01)
+    max_grad_norm: float = _key(_positive, 1.0)
+    evaluate_every: int | None = _key(_whole(1), None)
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.tokens is None):
+            raise ConfigError("`training` needs either `steps` or `tokens`, the length of a run; give one of them.")
+        self.settings(self.steps or 1, 1e-4, 0)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of a run."""
+        return self.steps or math.ceil(self.tokens / self.tokens_per_step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.context_length
+
+    def settings(self, steps: int, learning_rate: float, seed: int) -> TrainingSettings:
+        """What the trainer is told.
+
+        Raises:
+            ConfigError: the rows of a step are no multiple of those of a pass.
+        """
+        every = self.evaluate_every or math.ceil(steps / 4)
+        given = {name: value for name, value in asdict(self).items() if name not in ("tokens", "steps", "evaluate_every")}
+        settings = TrainingSettings(
+            **given, steps=steps, learning_rate=learning_rate, seed=seed, evaluate_every=every, save_every=every
+        )
+        settings.rows_and_passes(1)
+        return settings
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that the study trains first.
+
+    Attributes:
+        hidden_size, neurons_per_layer, layers, heads, vocabulary: its shape.
+        target_share: the share of its training lines that a target language has, so that it is under-represented.
+        steps, rows_per_step, context_length, learning_rate, seed: of its training.
+    """
+
+    hidden_size: int = _key(_whole(8), BaseSize.hidden_size)
+    neurons_per_layer: int = _key(_whole(8), BaseSize.neurons_per_layer)
+    layers: int = _key(_whole(1), BaseSize.layers)
+    heads: int = _key(_whole(1), BaseSize.heads)
+    vocabulary: int = _key(_whole(300), BaseSize.vocabulary)
+    target_share: float = _key(_number(lambda value: 0 < value <= 1, "above 0 and at most 1"), 0.25)
+    steps: int = _key(_whole(1))
+    rows_per_step: int = _key(_whole(1), 12)
+    context_length: int = _key(_whole(8), 256)
+    learning_rate: float = _key(_rate, 3e-3)
+    seed: int = _key(_whole(0), 0)
+
+    @property
+    def size(self) -> BaseSize:
+        return BaseSize(self.hidden_size, self.neurons_per_layer, self.layers, self.heads, self.vocabulary)
+
+    @property
+    def settings(self) -> TrainingSettings:
+        return TrainingSettings(
+            context_length=self.context_length,
+            rows_per_step=self.rows_per_step,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How much text is measured, and at which levels methods are compared.
+
+    Attributes:
+        lines: of the validation lines, those of the target at every measurement; None for all.
+        other_lines: of the validation lines, those of every other language at every measurement.
+        test_other_lines: of the test lines, those of every other language at the end; the target has all.
+        context_length: tokens per row.
+        batch_tokens: tokens per forward pass.
+        gain_shares: gains at which methods are compared, as shares of the best gain of any method.
+        forgetting_levels: mean changes elsewhere, in bits per byte, at which methods are compared.
+    """
+
+    lines: int | None = _key(_whole(1), None)
+    other_lines: int = _key(_whole(1), 10)
+    test_other_lines: int = _key(_whole(1), 20)
+    context_length: int = _key(_whole(2), 512)
+    batch_tokens: int = _key(_whole(1), 8192)
+    gain_shares: tuple[float, ...] = _key(_each(_number(lambda value: 0 < value <= 1, "above 0 and at most 1")), (0.25, 0.5, 0.75))
+    forgetting_levels: tuple[float, ...] = _key(_each(_number(lambda value: value >= 0, "of at least 0")), (0.0, 0.01, 0.03, 0.1))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a study.
+
+    Attributes:
+        preset: whose defaults the recipe is read over.
+        model: folder or hub id of the base; or
+        base: one that the study trains.
+        architecture: ``model_type`` and fields of the model's config, from which a dry run plans without the hub.
+        dtype: of the model.
+        text, identify, training, evaluation: see their classes.
+        targets: languages that are tuned, one at a time.
+        others: languages in which change elsewhere is measured: all of the evaluation corpus, or codes; the target of a
+            run never counts as another.
+        methods: what is compared, as for ``lape-fast tune --method``.
+        learning_rates: by method, those of methods that are not named under ``default``.
+        seeds: the first runs every learning rate, and all of them the best.
+        tasks: tasks of lm-evaluation-harness for the chosen runs.
+    """
+
+    preset: str = _key(_one_of(tuple(PRESETS)), "corrected")
+    model: str | None = _key(_text, None)
+    base: Base | None = _key(_section(Base), None)
+    architecture: dict[str, Any] | None = _key(_mapping, None)
+    dtype: str = _key(_one_of(DTYPES), "auto")
+    text: Text = _key(_section(Text))
+    targets: tuple[str, ...] = _key(_codes())
+    others: str | tuple[str, ...] = _key(_codes(ALL), ALL)
+    identify: Identify = _key(_section(Identify), Identify())
+    methods: tuple[str, ...] = _key(_each(_method), ("subnetwork", "random", "ffn", "full", "lora", "ia3"))
+    learning_rates: dict[str, tuple[float, ...]] = _key(_rates, None)
+    seeds: tuple[int, ...] = _key(_each(_whole(0)), (0, 1, 2))
+    training: Training = _key(_section(Training))
+    evaluation: Evaluation = _key(_section(Evaluation), Evaluation())
+    tasks: tuple[str, ...] = _key(_each(_text, empty=True), ())
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.base is None):
+            raise ConfigError("A recipe needs either `model`, the base, or `base`, how to train one; give one of them.")
+        if self.learning_rates is None:
+            object.__setattr__(self, "learning_rates", {DEFAULT: (1e-5, 3e-5, 1e-4, 3e-4)})
+        for name in self.learning_rates:
+            if name != DEFAULT and name not in self.methods:
+                raise ConfigError(
+                    f"`learning_rates` has rates for {name!r}, which is none of the methods; "
+                    f"{_did_you_mean(name, [*self.methods, DEFAULT])}"
+                )
+        for method in self.methods:
+            self.rates(method)
+        self._check_lines()
+
+    def rates(self, method: str) -> tuple[float, ...]:
+        """The learning rates that are tried for a method."""
+        found = self.learning_rates.get(method, self.learning_rates.get(DEFAULT))
+        if found is None:
+            raise ConfigError(f"`learning_rates` has none for {method!r}, and no `{DEFAULT}`; add either.")
+        return found
+
+    def _check_lines(self) -> None:
+        """No line may be both trained on and measured."""
+        parts = {name: LineRange.parse(getattr(self.text, name)) for name in ("train", "validation", "test")}
+        same = self.text.evaluation_corpus in (None, self.text.corpus)
+        for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
+            if (same or first != "train") and parts[first].meets(parts[second]):
+                raise ConfigError(
+                    f"The lines `text.{first}` ({parts[first]}) and `text.{second}` ({parts[second]}) overlap; what is "
+                    "reported must not have been trained on or chosen by."
+                )
+
+    def with_corpus(self, corpus: str | None) -> Recipe:
+        """The recipe on another corpus, for training and evaluation."""
+        return self if corpus is None else replace(self, text=replace(self.text, corpus=corpus, evaluation_corpus=None))
+
+    def to_json(self) -> dict[str, Any]:
+        """Every setting as JSON values, defaults filled in."""
+        return _plain(asdict(self))
+
+
+def read_recipe(path: str | os.PathLike, preset: str | None = None) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: a YAML file.
+        preset: instead of the recipe's own.
+
+    Raises:
+        ConfigError: it is no YAML, a key is unknown (the message names the nearest known one) or lacking, or a value
+            makes no sense.
+
+    Example:
+        >>> read_recipe("recipes/small.yaml").methods
+    """
+    import yaml
+
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"The recipe {path} cannot be read ({error}); give a YAML file.") from error
+    return parse_recipe(given, preset)
+
+
+def parse_recipe(given: Any, preset: str | None = None) -> Recipe:
+    """Reads and checks a recipe that is a mapping already; see ``read_recipe``."""
+    given = _mapping(given, "")
+    chosen = _one_of(tuple(PRESETS))(preset or given.get("preset", "corrected"), "preset")
+    return _section(Recipe)(_over(PRESETS[chosen], {**given, "preset": chosen}), "")
+
+
+def slug(method: str) -> str:
+    """A method's text as the name of a folder."""
+    return re.sub(r"[^\w.-]+", "-", method)
+
+
+def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given``, with what it leaves out of the defaults' sections."""
+    merged = {**defaults, **given}
+    for name in ("identify", "training"):
+        if name in defaults and isinstance(given.get(name), Mapping):
+            merged[name] = {**defaults[name], **given[name]}
+    if {"steps", "tokens"} <= set(merged.get("training") or ()) and "steps" in (given.get("training") or ()):
+        del merged["training"]["tokens"]
+    return merged
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,338 @@
+"""A study: methods, languages, learning rates and seeds on one base, from a recipe to a file of results.
+
+    OUTPUT/base/ base-training.json     the base, where the recipe trains one
+    OUTPUT/identify/                    counts and neurons
+    OUTPUT/base.json                    the base's bits per byte, with which every run is compared
+    OUTPUT/runs/LANGUAGE/METHOD/RUN/    run.json of each run, and test.json and the adapter of the chosen ones
+    OUTPUT/results.json                 all of it in one file, from which the report is made
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lape_fast
+from lape_fast.errors import ConfigError, TrainingError
+from lape_fast.files import read_json, write_json
+from lape_fast.identify import CountingSettings, NeuronSet, identify_neurons
+from lape_fast.identify.distributed import World
+from lape_fast.models import load_model
+from lape_fast.progress import Advance, log, progress_bar
+from lape_fast.study.measuring import Corpora, Yardstick, open_corpora
+from lape_fast.study.recipe import ALL, TARGETS, Recipe
+from lape_fast.study.runs import DONE, Run, all_results, choose, count_runs, finished, kept, sweep
+from lape_fast.tune import load_adapter, read_dynamics, train_base_model, tune_language
+from lape_fast.tune.methods import TuningConfig
+
+RECIPE_NAME, BASE_NAME, TEST_NAME, RESULTS_NAME = "recipe.json", "base.json", "test.json", "results.json"
+
+# What may differ when a study goes on: more of it is run, or its report compares at other levels.
+MAY_CHANGE = {"preset", "architecture", "targets", "methods", "learning_rates", "seeds", "tasks"}
+LEVELS = {"gain_shares", "forgetting_levels"}
+
+# Of the training report, what a run keeps; of the records, what is drawn.
+REPORTED = ("trainable", "neurons", "flops_per_token", "tokens_per_second", "steps", "best_step", "seconds", "memory")
+RECORDED = ("loss", "gradient_norm", "update_norm", "change_norm", "validation_loss")
+
+
+def run_study(recipe: Recipe, output: str | os.PathLike) -> dict[str, Any]:
+    """Performs what is missing of a study, and writes its results.
+
+    The same call goes on with an interrupted one, or with one whose recipe got more languages, methods, rates or
+    seeds. A run that fails has a result that says so; remove its folder to try it again.
+
+    Args:
+        recipe: the study.
+        output: its folder.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        ConfigError: the folder holds a study with other settings.
+        CorpusError: the text lacks a language.
+        StoppedError: a signal came; the same call goes on.
+
+    Example:
+        >>> run_study(read_recipe("recipes/small.yaml"), "build/study-small")
+    """
+    output = Path(output)
+    claim(output, recipe)
+    corpora = open_corpora(recipe, output)
+    base = _Base(recipe, corpora, output)
+    neurons = find_neurons(recipe, corpora, base, output)
+    before = measure_base(base, output)
+    with progress_bar("study", count_runs(recipe), "run") as advance:
+        told = _Told(recipe, output / "runs", advance)
+        for language in recipe.targets:
+            for method in recipe.methods:
+                _perform(recipe, corpora, base, before, neurons, output / "runs", language, method, told)
+    results = collect_results(recipe, neurons, output)
+    write_json(output / RESULTS_NAME, results)
+    return results
+
+
+def claim(output: Path, recipe: Recipe) -> None:
+    """Remembers the recipe of a study's folder, and refuses another one.
+
+    Raises:
+        ConfigError: what has been run there was run with other settings.
+    """
+    path, settings = output / RECIPE_NAME, recipe.to_json()
+    if path.exists():
+        earlier, now = (_decisive(each) for each in (read_json(path), settings))
+        changed = [name for name in now if earlier.get(name) != now[name]]
+        if changed:
+            differences = ", ".join(f"{name} was {earlier.get(name)!r} and is {now[name]!r}" for name in changed)
+            raise ConfigError(
+                f"{output} holds a study with other settings ({differences}); go on with its own, or choose another "
+                "--output."
+            )
+    write_json(path, settings)
+
+
+def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that runs must share, flat."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name not in MAY_CHANGE:
+            flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+    return {name: value for name, value in flat.items() if name.rpartition(".")[2] not in LEVELS}
+
+
+class _Base:
+    """The base, loaded once for all runs, and anew after one that failed in the middle."""
+
+    def __init__(self, recipe: Recipe, corpora: Corpora, output: Path) -> None:
+        self._recipe = recipe
+        self._name = recipe.model or str(train_base(recipe, corpora, output))
+        self._loaded: tuple[nn.Module, Any] | None = None
+        self._yardstick: Yardstick | None = None
+        self._corpora = corpora
+
+    @property
+    def model(self) -> nn.Module:
+        return self._load()[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._load()[1]
+
+    @property
+    def yardstick(self) -> Yardstick:
+        if self._yardstick is None:
+            self._yardstick = Yardstick(self._recipe, self._corpora, self.model, self.tokenizer)
+        return self._yardstick
+
+    def discard(self) -> None:
+        """Gives the memory back; what needs the model next loads it."""
+        self._loaded = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _load(self) -> tuple[nn.Module, Any]:
+        if self._loaded is None:
+            self._loaded = load_model(self._name, dtype=self._recipe.dtype)
+        return self._loaded
+
+
+def train_base(recipe: Recipe, corpora: Corpora, output: Path) -> Path:
+    """The base that the recipe describes, trained on all languages unless it is there already."""
+    path, workspace = output / "base", output / "base.checkpoints"
+    if not path.exists():
+        corpus = corpora.train()
+        documents = {}
+        for language in corpus.languages:
+            texts = list(corpus.documents(language))
+            share = recipe.base.target_share if language in recipe.targets else 1.0
+            documents[language] = texts[: max(1, int(share * len(texts)))]
+        processor = time.process_time()
+        report = train_base_model(documents, path, recipe.base.size, recipe.base.settings, workspace)
+        write_json(output / "base-training.json", {**report, "processor_seconds": time.process_time() - processor})
+    shutil.rmtree(workspace, ignore_errors=True)
+    return path
+
+
+def find_neurons(recipe: Recipe, corpora: Corpora, base: _Base, output: Path) -> NeuronSet:
+    """Every target's neurons, as the recipe says they are found.
+
+    Raises:
+        ConfigError: a target has none.
+    """
+    asked = recipe.identify
+    if asked.neurons:
+        neurons = NeuronSet.load(asked.neurons)
+    else:
+        languages = {ALL: None, TARGETS: recipe.targets}.get(asked.languages, asked.languages)
+        settings = CountingSettings(
+            context_length=asked.context_length, tokens_per_language=asked.tokens_per_language, rule=asked.rule
+        )
+        corpus = corpora.train(languages)
+        _, neurons = identify_neurons(base.model, base.tokenizer, corpus, output / "identify", settings)
+    for language in recipe.targets:
+        if language not in neurons.languages or not neurons.count(language):
+            raise ConfigError(f"No neuron of {language} was selected by {asked.rule!r}; choose a rule that gives it some.")
+    return neurons
+
+
+def measure_base(base: _Base, output: Path) -> dict[str, Any]:
+    """The base's bits per byte, measured once."""
+    path = output / BASE_NAME
+    if not path.exists():
+        write_json(path, base.yardstick.base(base.model))
+    return read_json(path)
+
+
+def _perform(recipe, corpora, base: _Base, before, neurons, runs: Path, language: str, method: str, told) -> None:
+    """The sweep of one method on one language, its other seeds at the best rate, and their tests."""
+
+    def train(run: Run, folder: Path) -> dict[str, Any]:
+        try:
+            return train_run(recipe, corpora, base, before, neurons, run, folder)
+        except Exception:
+            base.discard()
+            raise
+
+    tried = [told(run, kept(run, runs, train)) for run in sweep(recipe, language, method)]
+    best = choose(tried)
+    if best is None:
+        told.skip(len(recipe.seeds) - 1)
+        return
+    chosen = Run(language, method, best["learning_rate"], best["seed"])
+    test_run(base, before, chosen, runs)
+    for run in sweep(recipe, language, method):
+        if run != chosen:
+            shutil.rmtree(run.folder(runs) / "adapter", ignore_errors=True)
+    for seed in recipe.seeds[1:]:
+        run = Run(language, method, best["learning_rate"], seed)
+        if told(run, kept(run, runs, train))["status"] == DONE:
+            test_run(base, before, run, runs)
+            shutil.rmtree(run.folder(runs) / "adapter", ignore_errors=True)
+
+
+def train_run(recipe, corpora: Corpora, base: _Base, before, neurons: NeuronSet, run: Run, folder: Path) -> dict[str, Any]:
+    """Trains one run and measures it on the way; the adapter stays in its folder.
+
+    Raises:
+        TrainingError: the base is not what it was before the first run.
+    """
+    adapter = folder / "adapter"
+    if not adapter.exists():
+        config = TuningConfig(method=run.method, language=run.language, neurons=neurons, seed=run.seed)
+        tuned, _ = tune_language(
+            base.model,
+            base.tokenizer,
+            corpora.train([run.language]),
+            config,
+            adapter,
+            recipe.training.settings(recipe.training.total_steps, run.learning_rate, run.seed),
+            corpora.validation([run.language], recipe.evaluation.lines),
+            measure=base.yardstick.measure(before, run.language),
+        )
+        tuned.detach(keep=False)
+    report, records = read_json(adapter / "training.json"), read_dynamics(adapter)
+    points = [
+        {"step": record["step"], "tokens": record["tokens"], **record["measured"]}
+        for record in records
+        if "measured" in record
+    ]
+    start, unchanged = points[0]["target"], before["validation_targets"][run.language]
+    if start != unchanged:
+        raise TrainingError(
+            f"{run} began at {start} bits per byte, where the base has {unchanged}: the run before it left the base "
+            "changed; report this, and remove the folder of the run to try it again."
+        )
+    curves = [{"step": each["step"], **{name: each[name] for name in RECORDED if name in each}} for each in records]
+    return {**{name: report.get(name) for name in REPORTED}, "points": points, "records": curves}
+
+
+def test_run(base: _Base, before: Mapping[str, Any], run: Run, runs: Path) -> None:
+    """Measures a chosen run on the test lines, once."""
+    folder = run.folder(runs)
+    if not (folder / TEST_NAME).exists():
+        loaded = load_adapter(base.model, folder / "adapter")
+        try:
+            write_json(folder / TEST_NAME, base.yardstick.test(base.model, before, run.language))
+        finally:
+            loaded.detach(keep=False)
+
+
+class _Told:
+    """Tells of every run that there is a result of, and how long the rest will take."""
+
+    def __init__(self, recipe: Recipe, runs: Path, advance: Advance) -> None:
+        self._total, self._runs, self._advance = count_runs(recipe), runs, advance
+        self._done, self._began, self._here = 0, time.perf_counter(), 0
+
+    def __call__(self, run: Run, result: dict[str, Any]) -> dict[str, Any]:
+        self._done += 1
+        told = result["status"]
+        if told == DONE:
+            first, last = result["points"][0], result["points"][-1]
+            told = f"target {last['target'] - first['target']:+.4f}, elsewhere {last['elsewhere']:+.4f} bits per byte"
+        else:
+            told = f"{told}: {result['error']}"
+        self._advance(1, 1, f"{run}: {told}")
+        self._here += 1
+        left = (time.perf_counter() - self._began) / self._here * (self._total - self._done) / 60
+        log(f"Run {self._done} of {self._total}: {run}: {told}; about {left:.0f} min left.")
+        return result
+
+    def skip(self, number: int) -> None:
+        self._done += number
+        self._advance(number, 0, "")
+
+
+def collect_results(recipe: Recipe, neurons: NeuronSet, output: str | os.PathLike) -> dict[str, Any]:
+    """Everything that a report needs, of the runs there are so far."""
+    output = Path(output)
+    runs = []
+    for result in all_results(recipe, output / "runs"):
+        run = Run(*(result[name] for name in ("language", "method", "learning_rate", "seed")))
+        tested = run.folder(output / "runs") / TEST_NAME
+        runs.append({**result, "test": read_json(tested)} if tested.exists() else result)
+    trained = output / "base-training.json"
+    report = read_json(trained) if trained.exists() else {}
+    return {
+        "recipe": recipe.to_json(),
+        "machine": machine(),
+        "base": {"name": recipe.model or "base", **{name: report[name] for name in sorted(report) if name != "log"}},
+        "neurons": {language: neurons.count(language) for language in recipe.targets},
+        "neurons_total": neurons.layers * neurons.neurons_per_layer,
+        "before": read_json(output / BASE_NAME),
+        "runs": _rounded(runs),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the runs ran on."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lape_fast": lape_fast.__version__,
+    }
+
+
+def _rounded(value: Any, digits: int = 6) -> Any:
+    """Floats to so many significant digits: what is kept in git need not hold noise."""
+    if isinstance(value, Mapping):
+        return {name: _rounded(each, digits) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each, digits) for each in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
