@@ -20,10 +20,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import count_flops, machine_facts, report
+from benchmarks.measure import machine_facts, report
 from benchmarks.train_step import ffn_weights
 from lape_fast.identify import NeuronSet
 from lape_fast.models import find_ffns
+from lape_fast.tune.flops import count_flops
 from lape_fast.tune.subnetwork import attach_subnetwork
 from lape_fast.tune.tracing import build_on_meta, trace_step
 

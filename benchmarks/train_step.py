@@ -32,11 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.llama import build_llama, option_parser, prepare, random_tokens, settings, share
-from benchmarks.measure import count_flops, interleave, machine_facts, peak_bytes, report, saved_bytes, timed_rows
+from benchmarks.measure import interleave, machine_facts, peak_bytes, report, saved_bytes, timed_rows
 from lape_fast.errors import ConfigError
 from lape_fast.identify.neurons import NeuronSet
 from lape_fast.models import FFN, decoder, find_ffns, without_logits
 from lape_fast.progress import progress_bar
+from lape_fast.tune.flops import count_flops
 from lape_fast.tune.subnetwork import attach_subnetwork
 from lape_fast.tune.subnetwork_ffn import Policy
 

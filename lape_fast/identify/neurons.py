@@ -19,8 +19,8 @@ from lape_fast.models import check_size
 FILE_FIELDS = ("kind", "schema_version", "languages", "layers", "neurons_per_layer")
 
 
-def random_like(neurons: NeuronSet, language: str, seed: int) -> NeuronSet:
-    """As many neurons as a language has, drawn uniformly over all layers from those that are not the language's.
+def random_like(neurons: NeuronSet, language: str, seed: int, *, per_layer: bool = False) -> NeuronSet:
+    """As many neurons as a language has, drawn uniformly from those that are not the language's.
 
     The control for every study of a language's neurons. The draw depends on the seed alone, never on hardware.
 
@@ -28,10 +28,12 @@ def random_like(neurons: NeuronSet, language: str, seed: int) -> NeuronSet:
         neurons: where the language's neurons stand.
         language: the language to match, in any spelling.
         seed: of the draw.
+        per_layer: draw as many in each layer as the language has there, instead of over all layers.
 
     Raises:
         LanguageError: ``neurons`` does not hold the language.
-        SelectionError: the language holds more than half of all neurons, so too few are left to draw from.
+        SelectionError: the language holds more than half of all neurons (of a layer's), so too few are left to draw
+            from.
 
     Example:
         >>> control = random_like(neurons, "mlt_Latn", seed=0)
@@ -39,19 +41,31 @@ def random_like(neurons: NeuronSet, language: str, seed: int) -> NeuronSet:
         True
     """
     code = neurons.languages[find_language(neurons.languages, language)]
-    own = neurons.flat(code)
-    free = torch.ones(neurons.layers * neurons.neurons_per_layer, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    width = neurons.neurons_per_layer
+    # The neurons are numbered through the layers; each range is drawn from by itself.
+    size = width if per_layer else neurons.layers * width
+    drawn = []
+    for start in range(0, neurons.layers * width, size):
+        own = neurons.flat(code)
+        own = own[(own >= start) & (own < start + size)] - start
+        drawn.append(start + _draw(own, size, generator, f"Language {code!r}"))
+    rule = "random-per-layer" if per_layer else "random"
+    metadata = {**neurons.metadata, "rule": rule, "name": f"{rule}-{seed}", "seed": seed, "like": code}
+    return NeuronSet.from_flat({code: torch.cat(drawn)}, neurons.layers, width, metadata)
+
+
+def _draw(own: torch.Tensor, size: int, generator: torch.Generator, whose: str) -> torch.Tensor:
+    """As many numbers below ``size`` as ``own`` has, none of them in it, sorted."""
+    free = torch.ones(size, dtype=torch.bool)
     free[own] = False
     others = free.nonzero().squeeze(1)
     if len(others) < len(own):
         raise SelectionError(
-            f"Language {code!r} has {len(own)} neurons and only {len(others)} are not its own, so no random set of "
-            "that size exists beside it; select fewer neurons."
+            f"{whose} has {len(own)} neurons and only {len(others)} are not its own, so no random set of that size "
+            "exists beside it; select fewer neurons."
         )
-    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
-    drawn = others[order[: len(own)]].sort().values
-    metadata = {**neurons.metadata, "rule": "random", "name": f"random-{seed}", "seed": seed, "like": code}
-    return NeuronSet.from_flat({code: drawn}, neurons.layers, neurons.neurons_per_layer, metadata)
+    return others[torch.randperm(len(others), generator=generator)[: len(own)]].sort().values
 
 
 def _integers(values: Any, language: str, layer: int) -> torch.Tensor:

@@ -1,7 +1,13 @@
 """Tuning: the subnetwork FFN, its adapters, and training on packed rows."""
 
-from lape_fast.tune.adapter import load_adapter, merge_adapter, read_adapter_config, write_adapter
+import importlib
+
+from lape_fast.tune.adapter import read_adapter_config, write_adapter
 from lape_fast.tune.base_model import BaseSize, train_base_model
+from lape_fast.tune.dense import DenseWeights
+from lape_fast.tune.flops import count_flops
+from lape_fast.tune.loading import adapter_kind, load_adapter, merge_adapter
+from lape_fast.tune.methods import METHODS, Method, TuningConfig, parse_method
 from lape_fast.tune.optimizer import IndexedAdamW, Part
 from lape_fast.tune.planning import Plan, plan
 from lape_fast.tune.policies import measured_peak
@@ -11,8 +17,11 @@ from lape_fast.tune.training import TrainingSettings
 from lape_fast.tune.tuning import tune_language
 
 __all__ = [
+    "METHODS",
     "BaseSize",
+    "DenseWeights",
     "IndexedAdamW",
+    "Method",
     "Part",
     "Plan",
     "Policy",
@@ -21,22 +30,28 @@ __all__ = [
     "SubnetworkConfig",
     "SubnetworkFFN",
     "TrainingSettings",
+    "TuningConfig",
+    "adapter_kind",
     "attach_subnetwork",
+    "count_flops",
     "load_adapter",
     "measured_peak",
     "merge_adapter",
+    "parse_method",
     "plan",
     "read_adapter_config",
+    "read_dynamics",
     "train_base_model",
     "tune_language",
     "write_adapter",
 ]
 
 
-def __getattr__(name: str):
-    # PEFT takes seconds to import, and only its users need it.
-    if name != "SubnetworkConfig":
-        raise AttributeError(f"module 'lape_fast.tune' has no attribute {name!r}")
-    from lape_fast.tune.peft_tuner import SubnetworkConfig
+# PEFT and transformers' trainer take seconds to import, and only their users need them.
+_LAZY = {"SubnetworkConfig": "peft_tuner", "read_dynamics": "dynamics"}
 
-    return SubnetworkConfig
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lape_fast.tune' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lape_fast.tune.{_LAZY[name]}"), name)

@@ -54,7 +54,7 @@ def write_adapter(subnetwork: Subnetwork, folder: Path, config: Mapping[str, Any
     write_json(folder / CONFIG_NAME, {**config, **facts})
 
 
-def load_adapter(
+def load_subnetwork(
     model: nn.Module, folder: str | os.PathLike, policy: Policy = "save", *, storage: Storage = "auto"
 ) -> Subnetwork:
     """Attaches the subnetwork of an adapter and puts its trained values into the model, without PEFT.
@@ -69,7 +69,7 @@ def load_adapter(
         ArchitectureError: the adapter was made for another base.
 
     Example:
-        >>> subnetwork = load_adapter(model, "adapters/mlt_Latn")
+        >>> subnetwork = load_subnetwork(model, "adapters/mlt_Latn")
         >>> with subnetwork.disabled():  # the base, bit for bit
         ...     before = model(input_ids)
     """
@@ -86,20 +86,9 @@ def load_adapter(
     return subnetwork
 
 
-def merge_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
-    """The base with an adapter's values in its weights; a quantised base is dequantised first.
-
-    Args:
-        model: the base that the adapter was trained on; it is changed.
-        folder: an adapter folder.
-
-    Raises:
-        FileFormatError, ArchitectureError: as for ``load_adapter``.
-
-    Example:
-        >>> merge_adapter(model, "adapters/mlt_Latn").save_pretrained("llama-mlt")
-    """
-    subnetwork = load_adapter(model, folder)
+def merge_subnetwork(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
+    """The base with the values of a subnetwork's adapter in its weights, see ``merge_adapter``."""
+    subnetwork = load_subnetwork(model, folder)
     if all(layer.ffn.writable for layer in subnetwork.layers):
         subnetwork.detach(keep=True)
         return model

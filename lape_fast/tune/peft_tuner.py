@@ -43,8 +43,9 @@ from lape_fast.tune.subnetwork_ffn import PARTS, SubnetworkFFN, check_writable
 
 NAME, PREFIX = "subnetwork", "trained_"
 
-# `subnetwork` tunes the language's own neurons; `random` is the control: as many neurons, drawn from all the others.
-Method = Literal["subnetwork", "random"]
+# `subnetwork` tunes the language's own neurons; the others are the control: as many neurons, drawn from all the others,
+# over all layers or as many in each layer.
+Method = Literal["subnetwork", "random", "random-per-layer"]
 
 
 def _extend_peft_types(name: str) -> PeftType:
@@ -114,8 +115,8 @@ class SubnetworkConfig(PeftConfig):
             raise ConfigError("A SubnetworkConfig needs neurons: name a neuron file, such as neurons.safetensors.")
         neurons = self.neurons if isinstance(self.neurons, NeuronSet) else NeuronSet.load(self.neurons)
         self.language = canonical(self.language)
-        if self.method == "random":
-            neurons = random_like(neurons, self.language, self.seed)
+        if self.method != "subnetwork":
+            neurons = random_like(neurons, self.language, self.seed, per_layer=self.method == "random-per-layer")
         self.neurons_per_layer = neurons.neurons_per_layer
         self.neurons = encode_neurons(neurons[self.language])
 

@@ -73,6 +73,8 @@ class Subnetwork:
             layer.make_resident()
         for layer in self.layers:
             uninstall(layer, self.name if keep else None)
+        # PEFT would take the next adapter for one beside this.
+        self.model.__dict__.pop("peft_config", None)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:

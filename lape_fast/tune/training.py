@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from lape_fast.identify.distributed import OTHER_ENDED, World, joined_world
 from lape_fast.models import supports_packing
 from lape_fast.progress import progress_bar
 from lape_fast.text import pack_for_model, tokenize
+
+if TYPE_CHECKING:
+    from lape_fast.tune.dynamics import Watched
 
 SETTINGS_NAME = "settings.json"
 
@@ -154,6 +157,7 @@ def train(
     validation: Rows | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     description: str = "training",
+    watched: Watched | None = None,
 ) -> dict[str, Any]:
     """Trains the parameters that need gradients; an interrupted run with the same settings resumes.
 
@@ -170,6 +174,7 @@ def train(
             put back.
         optimizer: None for torch's fused AdamW.
         description: of the progress bar.
+        watched: what is recorded in ``dynamics.jsonl`` in the folder; nothing by default.
 
     Returns:
         ``steps``, ``seconds``, ``tokens_per_second``, ``train_loss`` and the ``log`` (a dict per logged step); with
@@ -183,6 +188,7 @@ def train(
     from transformers import set_seed
 
     from lape_fast.tune.callbacks import FiniteGradients, Interruption, Progress, RowMeans
+    from lape_fast.tune.dynamics import DYNAMICS_NAME, Dynamics
 
     output = Path(output)
     steps = settings.steps or math.ceil(settings.epochs * len(rows) / settings.rows_per_step)
@@ -197,6 +203,11 @@ def train(
         trainer.add_callback(RowMeans())
         interruption = stack.enter_context(Interruption(world))
         trainer.add_callback(interruption)
+        if watched is not None and world.is_main:
+            every = min(settings.evaluate_every, steps)
+            path = output / DYNAMICS_NAME
+            # Behind the interruption, whose checkpoint is a record too.
+            trainer.add_callback(Dynamics(path, watched, model, validation, every, tokens_per_step))
         if world.is_main:
             trainer.add_callback(Progress(stack.enter_context(progress_bar(description, steps)), tokens_per_step))
         # accelerate renames what the Trainer passes to it.
@@ -305,6 +316,9 @@ def _trainer(model, rows, validation, output, steps, settings: TrainingSettings,
         prediction_loss_only=True,
         logging_steps=max(1, min(10, steps // 20)),
         report_to=list(settings.report_to) or "none",
+        # The rows hold what the model takes; of a module around it the Trainer could not tell.
+        remove_unused_columns=False,
+        label_names=["labels"],
         disable_tqdm=True,
         log_level="error",
         # The patience that is left.

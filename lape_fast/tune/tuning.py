@@ -1,10 +1,9 @@
-"""Tuning one language: attach its subnetwork, train it on the language's text, save the adapter."""
+"""Tuning one language by any method: put it into the model, train it on the language's text, save the adapter."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +13,19 @@ from torch import nn
 from lape_fast.errors import CorpusError
 from lape_fast.files import atomic_folder, refuse_existing, write_json
 from lape_fast.identify import joined_world
-from lape_fast.models import without_logits
 from lape_fast.text import Corpus, canonical
-from lape_fast.tune.adapter import write_adapter
+from lape_fast.tune.flops import count_flops
+from lape_fast.tune.methods import TuningConfig
 from lape_fast.tune.planning import Plan, plan
 from lape_fast.tune.policies import measured_peak
-from lape_fast.tune.subnetwork import Subnetwork
-from lape_fast.tune.training import TrainingSettings, pack_documents, train
+from lape_fast.tune.runs import Run, prepare
+from lape_fast.tune.subnetwork import Subnetwork, installed_layers
+from lape_fast.tune.training import Rows, TrainingSettings, pack_documents, train
 
 if TYPE_CHECKING:
+    from lape_fast.tune.dense import DenseWeights
+    from lape_fast.tune.dynamics import Measure
+    from lape_fast.tune.peft_adapter import PeftAdapter
     from lape_fast.tune.peft_tuner import SubnetworkConfig
 
 LOG_NAME = "training.json"
@@ -32,27 +35,32 @@ def tune_language(
     model: nn.Module,
     tokenizer,
     corpus: Corpus,
-    config: SubnetworkConfig,
+    config: TuningConfig | SubnetworkConfig,
     output: str | os.PathLike,
     settings: TrainingSettings | None = None,
     validation: Corpus | None = None,
-) -> tuple[Subnetwork, dict[str, Any]]:
-    """Tunes one language's subnetwork and writes the adapter folder.
+    *,
+    measure: Measure | None = None,
+) -> tuple[Subnetwork | DenseWeights | PeftAdapter, dict[str, Any]]:
+    """Tunes one language by any method and writes the adapter folder.
 
     The same call resumes an interrupted run from ``OUTPUT.checkpoints``, which is removed when the adapter is written.
     Under ``torchrun`` every process trains on its share of the rows, and the first one writes.
 
     Args:
-        model: the base; with resident storage its weights hold the tuned values afterwards.
+        model: the base; it computes with the tuned values afterwards.
         tokenizer: its tokenizer.
         corpus: holds the language's training text.
-        config: which neurons.
-        output: folder of the adapter.
+        config: the method and what it trains; a ``SubnetworkConfig`` for chosen neurons.
+        output: folder of the adapter, with the report ``training.json`` and the records ``dynamics.jsonl``.
         settings: how to train.
         validation: holds text of the language on which the best values are chosen.
+        measure: is given the model at step 0 and every ``evaluate_every`` steps, and returns numbers by name for
+            ``dynamics.jsonl``, such as the bits per byte of other languages.
 
     Returns:
-        The attached subnetwork and the training report.
+        The adapter, as ``load_adapter`` returns it, and the training report. Where training fails or is stopped, the
+        model is the base again.
 
     Raises:
         CorpusError: the corpus lacks the language.
@@ -60,8 +68,9 @@ def tune_language(
         StoppedError: a signal came; the checkpoint of the step it came in is saved.
 
     Example:
-        >>> config = SubnetworkConfig(neurons="out/neurons.safetensors", language="mlt_Latn")
-        >>> tune_language(model, tokenizer, open_corpus("texts/"), config, "adapters/mlt_Latn")
+        >>> config = TuningConfig(method="lora:rank=8", language="mlt_Latn")
+        >>> adapter, report = tune_language(model, tokenizer, open_corpus("texts/"), config, "adapters/mlt_Latn-lora")
+        >>> adapter.detach(keep=False)  # the base again, for the next method
     """
     settings = settings or TrainingSettings()
     output = Path(output)
@@ -71,40 +80,69 @@ def tune_language(
     held_out = validation and pack_documents(
         model, tokenizer, _documents(validation, language), settings.context_length
     )
-    peft_model = _peft_model(model, config)
-    subnetwork = Subnetwork(model, peft_model.active_adapter)
+    # Of transformers' callbacks, which are slow to import.
+    from lape_fast.tune.dynamics import DYNAMICS_NAME, Watched
+
+    run = prepare(model, config)
+    undo = run.undo
     workspace = output.with_name(f"{output.name}.checkpoints")
-    optimizer = subnetwork.optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    memory = _predicted_memory(model, config, settings)
-    with joined_world() as world, without_logits(model), measured_peak(model.device) as peak:
-        report = train(
-            peft_model.train(),
-            rows,
-            workspace,
-            settings,
-            identity=config.replaced_values_sha256,
-            validation=held_out,
-            optimizer=optimizer,
-            description=f"tuning {language}",
-        )
-        model.eval()
-        sizes = {"neurons": sum(map(len, subnetwork.neurons().values())), "trainable": subnetwork.trainable()}
-        report = {**sizes, **report, "memory": _memory_report(memory, subnetwork, peak)}
-        if world.is_main:
-            with atomic_folder(output) as folder:
-                write_adapter(subnetwork, folder, config.to_dict())
-                write_json(folder / LOG_NAME, {"settings": asdict(settings), **report})
-            shutil.rmtree(workspace)
-        # So that no process goes on to read what is not written yet.
-        world.wait()
-    return subnetwork, report
+    try:
+        with joined_world() as world, run.cheap_loss():
+            memory = run.subnetwork and _predicted_memory(model, run, settings)
+            with measured_peak(model.device) as peak:
+                report = train(
+                    run.module.train(),
+                    rows,
+                    workspace,
+                    settings,
+                    identity=run.identity,
+                    validation=held_out,
+                    optimizer=run.optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay),
+                    description=f"tuning {language}",
+                    watched=Watched(model, run.parts, run.held, measure),
+                )
+            flops = _flops_per_token(model, run.module, rows)
+            model.eval()
+            policy = run.subnetwork and installed_layers(model)[-1].policy
+            adapter = run.finish()
+            undo = lambda: adapter.detach(keep=False)  # noqa: E731
+            report = {
+                "method": str(config.method),
+                **({} if run.neurons is None else {"neurons": run.neurons}),
+                "trainable": run.trainable,
+                **report,
+                "flops_per_token": flops,
+                "memory": _memory_report(memory, policy, peak),
+            }
+            if world.is_main:
+                with atomic_folder(output) as folder:
+                    run.write(adapter, folder)
+                    shutil.copyfile(workspace / DYNAMICS_NAME, folder / DYNAMICS_NAME)
+                    write_json(folder / LOG_NAME, {"settings": asdict(settings), **report})
+                shutil.rmtree(workspace)
+            # So that no process goes on to read what is not written yet.
+            world.wait()
+    except BaseException:
+        undo()
+        raise
+    return adapter, report
 
 
-def _predicted_memory(model: nn.Module, config: SubnetworkConfig, settings: TrainingSettings) -> Plan:
+def _flops_per_token(model: nn.Module, module: nn.Module, rows: Rows) -> float | None:
+    """Of a forward and a backward pass over a real row; None where kernels of quantised weights hide theirs."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return None
+    row = {name: value[None].to(model.device) for name, value in rows[0].items()}
+    flops = count_flops(lambda: module.train()(**row).loss.backward())
+    module.zero_grad()
+    return flops / row["input_ids"].numel()
+
+
+def _predicted_memory(model: nn.Module, run: Run, settings: TrainingSettings) -> Plan:
     """Planned before the run, so that a model that cannot be planned costs nothing."""
     return plan(
         model,
-        config.indices(),
+        run.subnetwork,
         rows_per_step=settings.rows_per_step,
         rows_per_pass=settings.rows_and_passes(int(os.environ.get("WORLD_SIZE", "1")))[0],
         context_length=settings.context_length,
@@ -112,23 +150,16 @@ def _predicted_memory(model: nn.Module, config: SubnetworkConfig, settings: Trai
     )
 
 
-def _memory_report(predicted: Plan, subnetwork: Subnetwork, peak: dict[str, Any]) -> dict[str, Any]:
+def _memory_report(predicted: Plan | None, policy: str | None, peak: dict[str, Any]) -> dict[str, Any]:
     """Predicted and measured bytes side by side, of what could be measured on this device, and the policy that ran."""
-    policy = subnetwork.layers[-1].policy
+    measured = {"measured": peak["kind"], "measured_bytes": peak["bytes"]}
+    if predicted is None:
+        return measured
     expected = predicted.policies[policy].allocated
     if peak["kind"] != "allocated":
         # The growth began when the model was there.
         expected -= sum(predicted.resident[name] for name in ("weights", "masters", "originals", "indices"))
-    return {"policy": policy, "measured": peak["kind"], "predicted_bytes": expected, "measured_bytes": peak["bytes"]}
-
-
-def _peft_model(model: nn.Module, config: SubnetworkConfig):
-    from peft import get_peft_model
-
-    with warnings.catch_warnings():
-        # PEFT asks the model by the older name of activation checkpointing.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(model, config)
+    return {"policy": policy, "predicted_bytes": expected, **measured}
 
 
 def _documents(corpus: Corpus, language: str) -> list[str]:

@@ -1,0 +1,241 @@
+"""Training dynamics: a line of JSON per record of a training run, from its step 0 on.
+
+Every record holds ``step``, ``tokens`` (padding included) and ``seconds`` (spent in optimizer steps, over all parts of
+an interrupted run), and where they are known
+
+    loss, learning_rate    the mean loss since the record before, and the rate of the last step
+    gradient_norm          of the last step before it was clipped: a number per projection, and the ``total``
+    update_norm            of the change of the trained values since the record before, in the same form
+    change_norm            of their change since the start
+    validation_loss        as the mean over the validation rows
+    measured               what the caller's ``measure`` returned for the model
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from lape_fast.errors import FileFormatError
+from lape_fast.files import write_text
+
+if TYPE_CHECKING:
+    from lape_fast.tune.training import Rows
+
+DYNAMICS_NAME = "dynamics.jsonl"
+
+Measure = Callable[[nn.Module], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What is recorded while a model trains.
+
+    Args:
+        model: what ``measure`` is given, in eval mode.
+        parts: the trained parameters by projection.
+        held: within this context the model computes with the values trained so far.
+        measure: returns numbers by name, such as the bits per byte of every language.
+    """
+
+    model: nn.Module
+    parts: Mapping[str, Sequence[nn.Parameter]]
+    held: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    measure: Measure | None = None
+
+
+class Dynamics(TrainerCallback):
+    """Writes the records of a run: at every step that the Trainer logs, at every measurement and every checkpoint.
+
+    A run that is resumed drops the records behind its checkpoint and writes them anew, so that each is there once.
+
+    Args:
+        path: the file.
+        watched: what is recorded.
+        trained: what the Trainer trains, which computes the loss of validation rows.
+        validation: the validation rows, if any: then what is measured is measured with them.
+        measure_every: steps between measurements.
+        tokens_per_step: of all processes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        watched: Watched,
+        trained: nn.Module,
+        validation: Rows | None,
+        measure_every: int,
+        tokens_per_step: int,
+    ):
+        self._path, self._watched, self._trained, self._validation = path, watched, trained, validation
+        self._measure_every, self._tokens_per_step = measure_every, tokens_per_step
+        # On the CPU: where memory is short, the trained values are the largest part of it.
+        self._start = self._values()
+        self._last = {name: [value.clone() for value in values] for name, values in self._start.items()}
+        self._gradients: dict[str, Tensor] = {}
+        self._seconds = 0.0
+        self._begun = time.perf_counter()
+        self._pending: dict[str, Any] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = [record for record in _whole_lines(self._path) if 0 < state.global_step >= record["step"]]
+        write_text(self._path, "".join(_line(record) for record in kept))
+        if kept:
+            self._seconds = kept[-1]["seconds"]
+            self._last = self._values()
+            return
+        record = {"step": 0, "tokens": 0, "seconds": 0.0}
+        if self._validation:
+            record["validation_loss"] = mean_loss(self._trained, self._validation)
+        self._write({**record, **self._measured()})
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._begun = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._gradients = {
+            name: torch.stack(torch._foreach_norm([parameter.grad for parameter in parts])).norm()
+            for name, parts in self._watched.parts.items()
+        }
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds += time.perf_counter() - self._begun
+        # The Trainer's mean loss is that since its last entry, which is not in its checkpoints.
+        control.should_log |= self._measures(state) or control.should_save or control.should_evaluate
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" not in logs:
+            return
+        values = self._values()
+        record = {
+            "step": state.global_step,
+            "tokens": state.global_step * self._tokens_per_step,
+            "seconds": self._seconds,
+            "learning_rate": logs["learning_rate"],
+            "loss": logs["loss"],
+            "gradient_norm": _unclipped(self._gradients, logs["grad_norm"]),
+            "update_norm": distance(values, self._last),
+            "change_norm": distance(values, self._start),
+        }
+        self._last = values
+        if self._measures(state):
+            record |= self._measured()
+        if control.should_evaluate:
+            self._pending = record
+        else:
+            self._write(record)
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if self._pending is not None:
+            self._write({**self._pending, "validation_loss": metrics["eval_loss"]})
+            self._pending = None
+
+    def _measures(self, state) -> bool:
+        return state.global_step % self._measure_every == 0 or state.global_step == state.max_steps
+
+    def _measured(self) -> dict[str, Any]:
+        if self._watched.measure is None:
+            return {}
+        model = self._watched.model
+        training = model.training
+        model.eval()
+        try:
+            with self._watched.held():
+                return {"measured": dict(self._watched.measure(model))}
+        finally:
+            model.train(training)
+
+    def _values(self) -> dict[str, list[Tensor]]:
+        return {
+            name: [parameter.detach().to("cpu", copy=True) for parameter in parts]
+            for name, parts in self._watched.parts.items()
+        }
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_dynamics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a run, in the order of their steps.
+
+    Args:
+        path: a ``dynamics.jsonl``, or the adapter folder that holds it.
+
+    Raises:
+        FileFormatError: there is none, or a line of it is not a record.
+    """
+    path = Path(path)
+    path = path / DYNAMICS_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise FileFormatError(f"{path} does not exist; name the folder of an adapter that tune wrote.")
+    records = _whole_lines(path)
+    if len(records) != len(path.read_text(encoding="utf-8").splitlines()):
+        raise FileFormatError(f"Line {len(records) + 1} of {path} is not a record of training; tune again.")
+    return records
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, rows: Rows) -> float:
+    """The mean over rows of a model's loss, each row by its own tokens, as the Trainer measures it."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        losses = [
+            model(**{name: value[None].to(device) for name, value in rows[row].items()}).loss.float()
+            for row in range(len(rows))
+        ]
+    finally:
+        model.train(training)
+    return float(torch.stack(losses).mean())
+
+
+def distance(values: Mapping[str, Sequence[Tensor]], others: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+    """The Euclidean norm of the difference of tensors: per name, and the ``total``."""
+    squares = {
+        name: sum(
+            float((value - other).double().square().sum()) for value, other in zip(own, others[name], strict=True)
+        )
+        for name, own in values.items()
+    }
+    return {**{name: square**0.5 for name, square in squares.items()}, "total": sum(squares.values()) ** 0.5}
+
+
+def _unclipped(norms: Mapping[str, Tensor], total: float) -> dict[str, float]:
+    """The norms before clipping, which scaled all of them alike, from those after it and the total before it."""
+    clipped = {name: float(norm) for name, norm in norms.items()}
+    left = sum(norm**2 for norm in clipped.values()) ** 0.5
+    scale = total / left if left else 1.0
+    return {**{name: norm * scale for name, norm in clipped.items()}, "total": total}
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The records up to the first line that is cut off."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not isinstance(record, dict) or "step" not in record:
+            break
+        records.append(record)
+    return records

@@ -1,0 +1,98 @@
+"""Adapters of every method, told apart by what their folder holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from lape_fast.files import read_json
+from lape_fast.models import dense_ffns, dequantise_model
+from lape_fast.tune import adapter, dense
+from lape_fast.tune.adapter import load_subnetwork, merge_subnetwork
+from lape_fast.tune.dense import DenseWeights, load_dense
+from lape_fast.tune.subnetwork import Subnetwork
+from lape_fast.tune.subnetwork_ffn import Policy, Storage
+
+if TYPE_CHECKING:
+    from lape_fast.tune.peft_adapter import PeftAdapter
+
+
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike, policy: Policy = "save", *, storage: Storage = "auto"
+) -> Subnetwork | DenseWeights | PeftAdapter:
+    """Puts the trained values of an adapter of any method into its base.
+
+    Args:
+        model: the base that the adapter was trained on.
+        folder: an adapter folder, written by ``tune`` or by PEFT.
+        policy, storage: of a subnetwork, see ``attach_subnetwork``.
+
+    Returns:
+        What gives the base back: ``disabled()`` is a context within which the model computes as the base, bit for bit;
+        ``detach(keep=False)`` makes it the base again, so that the next adapter can be loaded, and
+        ``detach(keep=True)`` leaves the values in its weights. ``trainable()`` says how many weights were trained.
+
+    Raises:
+        FileFormatError: the folder is not a complete adapter.
+        ArchitectureError: the adapter was made for another base.
+
+    Example:
+        >>> for folder in ("adapters/mlt_Latn", "adapters/mlt_Latn-lora"):
+        ...     adapter = load_adapter(model, folder)
+        ...     print(score(model, text)["mlt_Latn"].bits_per_byte)
+        ...     adapter.detach(keep=False)
+    """
+    kind = adapter_kind(folder)
+    if kind == "subnetwork":
+        return load_subnetwork(model, folder, policy, storage=storage)
+    if kind == "dense":
+        return load_dense(model, folder)
+    from lape_fast.tune.peft_adapter import load_peft
+
+    return load_peft(model, folder)
+
+
+def merge_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
+    """The base with an adapter of any method in its weights; a quantised base is dequantised first.
+
+    Args:
+        model: the base that the adapter was trained on; it is changed.
+        folder: an adapter folder.
+
+    Raises:
+        FileFormatError, ArchitectureError: as for ``load_adapter``.
+
+    Example:
+        >>> merge_adapter(model, "adapters/mlt_Latn").save_pretrained("llama-mlt")
+    """
+    if adapter_kind(folder) == "subnetwork":
+        return merge_subnetwork(model, folder)
+    loaded = load_adapter(model, folder)
+    writable = adapter_kind(folder) == "dense"
+    if not writable:
+        loaded.detach(keep=False)
+        writable = all(ffn.writable for ffn in dense_ffns(model))
+        from lape_fast.tune.peft_adapter import put_peft
+
+        model = model if writable else dequantise_model(model)
+        loaded = put_peft(model, folder)
+    loaded.detach(keep=True)
+    return model
+
+
+def adapter_kind(folder: str | os.PathLike) -> Literal["subnetwork", "dense", "peft"]:
+    """What kind of adapter a folder holds.
+
+    Raises:
+        FileFormatError: none.
+    """
+    if (Path(folder) / dense.CONFIG_NAME).is_file():
+        return "dense"
+    path = Path(folder) / adapter.CONFIG_NAME
+    # The subnetwork's own reader says what is wrong with a folder that has none.
+    config: Any = read_json(path) if path.is_file() else {}
+    known = isinstance(config, dict) and config.get("peft_type", "SUBNETWORK") != "SUBNETWORK"
+    return "peft" if known else "subnetwork"
