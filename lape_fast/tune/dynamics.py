@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 DYNAMICS_NAME = "dynamics.jsonl"
 
+TOTAL = "total"
+
+# How often the trained values are kept beside themselves: those of the start, and of the last record.
+COPIES = 2
+
 Measure = Callable[[nn.Module], Mapping[str, float]]
 
 
@@ -66,6 +71,7 @@ class Dynamics(TrainerCallback):
         validation: the validation rows, if any: then what is measured is measured with them.
         measure_every: steps between measurements.
         tokens_per_step: of all processes.
+        writes: whether this process writes the file. All of them must measure, as they may share the model.
     """
 
     def __init__(
@@ -76,23 +82,28 @@ class Dynamics(TrainerCallback):
         validation: Rows | None,
         measure_every: int,
         tokens_per_step: int,
+        writes: bool,
     ):
+        self._writes = writes
         self._path, self._watched, self._trained, self._validation = path, watched, trained, validation
         self._measure_every, self._tokens_per_step = measure_every, tokens_per_step
-        # On the CPU: where memory is short, the trained values are the largest part of it.
-        self._start = self._values()
-        self._last = {name: [value.clone() for value in values] for name, values in self._start.items()}
+        # On the CPU, as memory of the device may be short. `COPIES` of the trained values.
+        self._start, self._last = self._copies(), self._copies()
         self._gradients: dict[str, Tensor] = {}
         self._seconds = 0.0
         self._begun = time.perf_counter()
         self._pending: dict[str, Any] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        kept = [record for record in _whole_lines(self._path) if 0 < state.global_step >= record["step"]]
-        write_text(self._path, "".join(_line(record) for record in kept))
+        if state.global_step:
+            kept = [record for record in _whole_lines(self._path) if record["step"] <= state.global_step]
+            self._seconds = kept[-1]["seconds"] if kept else 0.0
+            self._remember()
+        else:
+            kept = []
+        if self._writes:
+            write_text(self._path, "".join(_line(record) for record in kept))
         if kept:
-            self._seconds = kept[-1]["seconds"]
-            self._last = self._values()
             return
         record = {"step": 0, "tokens": 0, "seconds": 0.0}
         if self._validation:
@@ -118,7 +129,6 @@ class Dynamics(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" not in logs:
             return
-        values = self._values()
         record = {
             "step": state.global_step,
             "tokens": state.global_step * self._tokens_per_step,
@@ -126,10 +136,10 @@ class Dynamics(TrainerCallback):
             "learning_rate": logs["learning_rate"],
             "loss": logs["loss"],
             "gradient_norm": _unclipped(self._gradients, logs["grad_norm"]),
-            "update_norm": distance(values, self._last),
-            "change_norm": distance(values, self._start),
+            "update_norm": distance(self._watched.parts, self._last),
+            "change_norm": distance(self._watched.parts, self._start),
         }
-        self._last = values
+        self._remember()
         if self._measures(state):
             record |= self._measured()
         if control.should_evaluate:
@@ -157,13 +167,21 @@ class Dynamics(TrainerCallback):
         finally:
             model.train(training)
 
-    def _values(self) -> dict[str, list[Tensor]]:
+    def _copies(self) -> dict[str, list[Tensor]]:
         return {
             name: [parameter.detach().to("cpu", copy=True) for parameter in parts]
             for name, parts in self._watched.parts.items()
         }
 
+    @torch.no_grad()
+    def _remember(self) -> None:
+        for name, parts in self._watched.parts.items():
+            for parameter, last in zip(parts, self._last[name], strict=True):
+                last.copy_(parameter)
+
     def _write(self, record: dict[str, Any]) -> None:
+        if not self._writes:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
             file.flush()
@@ -204,15 +222,14 @@ def mean_loss(model: nn.Module, rows: Rows) -> float:
     return float(torch.stack(losses).mean())
 
 
+@torch.no_grad()
 def distance(values: Mapping[str, Sequence[Tensor]], others: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
-    """The Euclidean norm of the difference of tensors: per name, and the ``total``."""
-    squares = {
-        name: sum(
-            float((value - other).double().square().sum()) for value, other in zip(own, others[name], strict=True)
-        )
-        for name, own in values.items()
-    }
-    return {**{name: square**0.5 for name, square in squares.items()}, "total": sum(squares.values()) ** 0.5}
+    """The Euclidean norm of the difference of tensors, of which ``others`` are on the CPU: per name, and ``total``."""
+    squares = {}
+    for name, own in values.items():
+        changes = (value.cpu() - other for value, other in zip(own, others[name], strict=True))
+        squares[name] = sum(float(change.double().square().sum()) for change in changes)
+    return {**{name: square**0.5 for name, square in squares.items()}, TOTAL: sum(squares.values()) ** 0.5}
 
 
 def _unclipped(norms: Mapping[str, Tensor], total: float) -> dict[str, float]:
@@ -220,7 +237,7 @@ def _unclipped(norms: Mapping[str, Tensor], total: float) -> dict[str, float]:
     clipped = {name: float(norm) for name, norm in norms.items()}
     left = sum(norm**2 for norm in clipped.values()) ** 0.5
     scale = total / left if left else 1.0
-    return {**{name: norm * scale for name, norm in clipped.items()}, "total": total}
+    return {**{name: norm * scale for name, norm in clipped.items()}, TOTAL: total}
 
 
 def _line(record: Mapping[str, Any]) -> str:

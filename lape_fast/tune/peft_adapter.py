@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lape_fast.errors import ArchitectureError, ConfigError, FileFormatError
@@ -40,7 +41,11 @@ class PeftAdapter:
         self.projections = projection_paths(model)
         self.base = base_facts(model)
         with _quiet():
-            self.peft_model: PeftModel = put(model)
+            try:
+                self.peft_model: PeftModel = put(model)
+            except Exception:
+                _take_out(model)
+                raise
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters."""
@@ -68,10 +73,9 @@ class PeftAdapter:
 
     def detach(self, *, keep: bool) -> None:
         """Gives the model its own modules back, with the update merged into its weights or the original ones."""
-        self.peft_model.merge_and_unload() if keep else self.peft_model.unload()
-        # PEFT would take the next adapter for a second one.
-        self.model.__dict__.pop("peft_config", None)
-        self.model.requires_grad_(False)
+        if keep:
+            self.peft_model.merge_and_unload()
+        _take_out(self.model)
 
     def write(self, folder: Path) -> None:
         """Writes PEFT's files and the identity of the base into a folder that exists."""
@@ -170,6 +174,17 @@ def _targets(model: nn.Module, projections: tuple[str, ...]) -> list[str]:
             if set(name.split("_")) & set(projections):
                 found.add(paths[id(module)])
     return sorted(found)
+
+
+def _take_out(model: nn.Module) -> None:
+    """Gives a model its own modules back, whatever PEFT has put around them."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module.get_base_layer())
+    # PEFT would take the next adapter for a second one.
+    model.__dict__.pop("peft_config", None)
+    model.requires_grad_(False)
 
 
 @contextlib.contextmanager

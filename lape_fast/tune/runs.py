@@ -143,7 +143,7 @@ def _masked_run(model: nn.Module, config: TuningConfig) -> Run:
 
     return replace(
         run,
-        identity=f"{config.method} {replaced}",
+        identity=f"{config.method} {config.language} {replaced}",
         optimizer=lambda lr, weight_decay: MaskedAdamW(
             list(masters.masters), [masks[name] for name in masters.names], lr, weight_decay
         ),
@@ -167,6 +167,7 @@ def _dense_run(model: nn.Module, config: TuningConfig, names: dict[str, str]) ->
     for name, master in zip(masters.names, masters.masters, strict=True):
         parts.setdefault(names[name], []).append(master)
     head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    replaced = fingerprint({name: model.get_parameter(name).data for name in names})
     trains_head = any(id(model.get_parameter(name)) in head for name in names)
 
     @contextlib.contextmanager
@@ -180,7 +181,7 @@ def _dense_run(model: nn.Module, config: TuningConfig, names: dict[str, str]) ->
     return Run(
         module=masters,
         parts=parts,
-        identity=f"{config.method} {fingerprint({name: model.get_parameter(name).data for name in names})}",
+        identity=f"{config.method} {config.language} {replaced}",
         optimizer=lambda lr, weight_decay: adamw(masters.masters, lr, weight_decay),
         held=held,
         finish=lambda: DenseWeights(model, masters.rounded()),
@@ -205,7 +206,7 @@ def _peft_run(model: nn.Module, config: TuningConfig) -> Run:
     return Run(
         module=adapter.peft_model,
         parts=adapter.parts(),
-        identity=f"{config.method} seed {config.seed} {adapter.base['weights_hash']}",
+        identity=f"{config.method} {config.language} seed {config.seed} {adapter.base['weights_hash']}",
         optimizer=lambda lr, weight_decay: adamw(adapter.parameters(), lr, weight_decay),
         held=contextlib.nullcontext,
         finish=lambda: adapter,

@@ -203,11 +203,11 @@ def train(
         trainer.add_callback(RowMeans())
         interruption = stack.enter_context(Interruption(world))
         trainer.add_callback(interruption)
-        if watched is not None and world.is_main:
+        if watched is not None:
             every = min(settings.evaluate_every, steps)
             path = output / DYNAMICS_NAME
             # Behind the interruption, whose checkpoint is a record too.
-            trainer.add_callback(Dynamics(path, watched, model, validation, every, tokens_per_step))
+            trainer.add_callback(Dynamics(path, watched, model, validation, every, tokens_per_step, world.is_main))
         if world.is_main:
             trainer.add_callback(Progress(stack.enter_context(progress_bar(description, steps)), tokens_per_step))
         # accelerate renames what the Trainer passes to it.

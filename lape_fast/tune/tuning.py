@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,16 +81,19 @@ def tune_language(
     held_out = validation and pack_documents(
         model, tokenizer, _documents(validation, language), settings.context_length
     )
-    # Of transformers' callbacks, which are slow to import.
-    from lape_fast.tune.dynamics import DYNAMICS_NAME, Watched
+    # Code that is loaded later would count as memory of the training.
+    from transformers import Trainer  # noqa: F401
 
-    run = prepare(model, config)
-    undo = run.undo
+    from lape_fast.tune.dynamics import COPIES, DYNAMICS_NAME, Watched, read_dynamics
+
     workspace = output.with_name(f"{output.name}.checkpoints")
+    undo: Callable[[], None] = lambda: None  # noqa: E731
     try:
-        with joined_world() as world, run.cheap_loss():
-            memory = run.subnetwork and _predicted_memory(model, run, settings)
-            with measured_peak(model.device) as peak:
+        with joined_world() as world, measured_peak(model.device) as peak:
+            run = prepare(model, config)
+            undo = run.undo
+            with run.cheap_loss():
+                predicted = run.subnetwork and _predicted_memory(model, run, settings)
                 report = train(
                     run.module.train(),
                     rows,
@@ -101,18 +105,23 @@ def tune_language(
                     description=f"tuning {language}",
                     watched=Watched(model, run.parts, run.held, measure),
                 )
-            flops = _flops_per_token(model, run.module, rows)
+        with joined_world() as world:
+            with run.cheap_loss():
+                flops = _flops_per_token(model, run.module, rows)
             model.eval()
-            policy = run.subnetwork and installed_layers(model)[-1].policy
+            memory = _memory_report(model, predicted, peak, COPIES * sum(map(_bytes, run.parts.values())))
             adapter = run.finish()
             undo = lambda: adapter.detach(keep=False)  # noqa: E731
+            if world.is_main:
+                last = read_dynamics(workspace)[-1]
+                report |= {"training_seconds": last["seconds"], "tokens_per_second": last["tokens"] / last["seconds"]}
             report = {
                 "method": str(config.method),
                 **({} if run.neurons is None else {"neurons": run.neurons}),
                 "trainable": run.trainable,
                 **report,
                 "flops_per_token": flops,
-                "memory": _memory_report(memory, policy, peak),
+                "memory": memory,
             }
             if world.is_main:
                 with atomic_folder(output) as folder:
@@ -150,16 +159,26 @@ def _predicted_memory(model: nn.Module, run: Run, settings: TrainingSettings) ->
     )
 
 
-def _memory_report(predicted: Plan | None, policy: str | None, peak: dict[str, Any]) -> dict[str, Any]:
-    """Predicted and measured bytes side by side, of what could be measured on this device, and the policy that ran."""
-    measured = {"measured": peak["kind"], "measured_bytes": peak["bytes"]}
+def _memory_report(model: nn.Module, predicted: Plan | None, peak: dict[str, Any], copies: int) -> dict[str, Any]:
+    """Measured bytes, and beside them those predicted for a subnetwork with the policy that ran.
+
+    Args:
+        copies: bytes that the records of the run took on the CPU.
+    """
+    on_cpu = peak["kind"] != "allocated" and peak["bytes"] is not None
+    measured = {"measured": peak["kind"], "measured_bytes": peak["bytes"] - copies if on_cpu else peak["bytes"]}
     if predicted is None:
         return measured
+    policy = installed_layers(model)[-1].policy
     expected = predicted.policies[policy].allocated
     if peak["kind"] != "allocated":
         # The growth began when the model was there.
-        expected -= sum(predicted.resident[name] for name in ("weights", "masters", "originals", "indices"))
+        expected -= predicted.resident["weights"]
     return {"policy": policy, "predicted_bytes": expected, **measured}
+
+
+def _bytes(parameters: Sequence[nn.Parameter]) -> int:
+    return sum(parameter.nbytes for parameter in parameters)
 
 
 def _documents(corpus: Corpus, language: str) -> list[str]:

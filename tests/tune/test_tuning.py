@@ -77,6 +77,7 @@ def test_tuning_lowers_the_loss_and_the_adapter_brings_it_back(base, corpus, tmp
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "dynamics.jsonl",
         "training.json",
     }
     assert not list(tmp_path.glob("*.checkpoints"))
