@@ -57,6 +57,7 @@ COMMANDS = (
     tune.tune,
     study.evaluate,
     study.ablate,
+    study.study,
     tune.merge,
     publish.publish,
     identify.convert,

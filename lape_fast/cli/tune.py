@@ -23,6 +23,7 @@ from lape_fast.cli.options import (
     TextColumn,
     load,
     note,
+    number_or_name,
     open_text,
 )
 from lape_fast.errors import ConfigError
@@ -118,7 +119,7 @@ def tune(
             rows_per_pass=rows_per_pass,
             context_length=context_length,
             policy=policy,
-            gpu=_number_or_name(gpu),
+            gpu=number_or_name(gpu),
             quantise=quantise,
             dtype=dtype,
         )
@@ -187,10 +188,3 @@ def merge(
     if quantise:
         note(f"The base was {quantise}; what was written is the dequantised model in {facts['dtype']}.")
     print_facts(output, facts, as_json)
-
-
-def _number_or_name(gpu: str | None) -> float | str | None:
-    try:
-        return None if gpu is None else float(gpu)
-    except ValueError:
-        return gpu

@@ -11,6 +11,7 @@ from lape_fast.report.figures import (
     save_figure,
 )
 from lape_fast.report.page import Picture, Section, Table, render_report
+from lape_fast.report.study_report import report_study, summary_table
 
 __all__ = [
     "Picture",
@@ -24,5 +25,7 @@ __all__ = [
     "neurons_by_layer",
     "neurons_per_language",
     "render_report",
+    "report_study",
     "save_figure",
+    "summary_table",
 ]

@@ -195,7 +195,7 @@ def _did_you_mean(word: Any, known: Any) -> str:
     return f"did you mean `{close[0]}`?" if close else f"write one of {', '.join(known)}."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Text:
     """Which text is trained on, chosen by and reported on.
 
@@ -216,7 +216,7 @@ class Text:
     test: str = _key(_lines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Identify:
     """How neurons are found: counted and selected by a rule, or read from a file.
 
@@ -235,7 +235,7 @@ class Identify:
     context_length: int = _key(_whole(2), 512)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """The same for every method; see ``TrainingSettings``.
 
@@ -284,13 +284,14 @@ class Training:
         return settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Base:
     """A base model that the study trains first.
 
     Attributes:
         hidden_size, neurons_per_layer, layers, heads, vocabulary: its shape.
-        target_share: the share of its training lines that a target language has, so that it is under-represented.
+        languages: that it is trained on: all of the corpus, or codes.
+        under_represented: languages that have only ``target_share`` of their training lines; the targets by default.
         steps, rows_per_step, context_length, learning_rate, seed: of its training.
     """
 
@@ -299,6 +300,8 @@ class Base:
     layers: int = _key(_whole(1), BaseSize.layers)
     heads: int = _key(_whole(1), BaseSize.heads)
     vocabulary: int = _key(_whole(300), BaseSize.vocabulary)
+    languages: str | tuple[str, ...] = _key(_codes(ALL), ALL)
+    under_represented: tuple[str, ...] | None = _key(_codes(), None)
     target_share: float = _key(_number(lambda value: 0 < value <= 1, "above 0 and at most 1"), 0.25)
     steps: int = _key(_whole(1))
     rows_per_step: int = _key(_whole(1), 12)
@@ -321,7 +324,7 @@ class Base:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """How much text is measured, and at which levels methods are compared.
 
@@ -344,7 +347,7 @@ class Evaluation:
     forgetting_levels: tuple[float, ...] = _key(_each(_number(lambda value: value >= 0, "of at least 0")), (0.0, 0.01, 0.03, 0.1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything about a study.
 

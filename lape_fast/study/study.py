@@ -14,8 +14,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,12 @@ import lape_fast
 from lape_fast.errors import ConfigError, TrainingError
 from lape_fast.files import read_json, write_json
 from lape_fast.identify import CountingSettings, NeuronSet, identify_neurons
-from lape_fast.identify.distributed import World
 from lape_fast.models import load_model
 from lape_fast.progress import Advance, log, progress_bar
 from lape_fast.study.measuring import Corpora, Yardstick, open_corpora
 from lape_fast.study.recipe import ALL, TARGETS, Recipe
 from lape_fast.study.runs import DONE, Run, all_results, choose, count_runs, finished, kept, sweep
-from lape_fast.tune import load_adapter, read_dynamics, train_base_model, tune_language
-from lape_fast.tune.methods import TuningConfig
+from lape_fast.tune import TuningConfig, load_adapter, read_dynamics, train_base_model, tune_language
 
 RECIPE_NAME, BASE_NAME, TEST_NAME, RESULTS_NAME = "recipe.json", "base.json", "test.json", "results.json"
 
@@ -78,9 +75,9 @@ def run_study(recipe: Recipe, output: str | os.PathLike) -> dict[str, Any]:
         for language in recipe.targets:
             for method in recipe.methods:
                 _perform(recipe, corpora, base, before, neurons, output / "runs", language, method, told)
-    results = collect_results(recipe, neurons, output)
-    write_json(output / RESULTS_NAME, results)
-    return results
+            # After every language, so that a long study can be reported on before its end.
+            write_json(output / RESULTS_NAME, collect_results(recipe, neurons, output))
+    return read_json(output / RESULTS_NAME)
 
 
 def claim(output: Path, recipe: Recipe) -> None:
@@ -152,11 +149,12 @@ def train_base(recipe: Recipe, corpora: Corpora, output: Path) -> Path:
     """The base that the recipe describes, trained on all languages unless it is there already."""
     path, workspace = output / "base", output / "base.checkpoints"
     if not path.exists():
-        corpus = corpora.train()
+        corpus = corpora.train(None if recipe.base.languages == ALL else recipe.base.languages)
+        rare = recipe.base.under_represented or recipe.targets
         documents = {}
         for language in corpus.languages:
             texts = list(corpus.documents(language))
-            share = recipe.base.target_share if language in recipe.targets else 1.0
+            share = recipe.base.target_share if language in rare else 1.0
             documents[language] = texts[: max(1, int(share * len(texts)))]
         processor = time.process_time()
         report = train_base_model(documents, path, recipe.base.size, recipe.base.settings, workspace)
