@@ -121,9 +121,7 @@ def study(
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder of the study; the same command goes on with what is there.")
     ] = None,
-    corpus: Annotated[
-        str | None, typer.Option("--corpus", help="Folder of text in the place of the recipe's.")
-    ] = None,
+    corpus: Annotated[str | None, typer.Option("--corpus", help="Folder of text in the place of the recipe's.")] = None,
     preset: Annotated[
         str | None, typer.Option("--preset", help="paper or corrected, in the place of the recipe's.")
     ] = None,

@@ -10,6 +10,7 @@ from lape_fast.report.figures import language_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, the palest left out, each with a marker of its own: a method keeps both in every figure.
@@ -83,6 +84,7 @@ def learning_rates(summary: Mapping[str, Any]) -> Figure:
                 rows = summary["sweep"][method]
                 axes.plot([row["learning_rate"] for row in rows], [row[name] for row in rows], **style)
             axes.set_xscale("log")
+            _plain_ticks(axes.xaxis)
             _label(axes, label.split(" (")[0], "Learning rate", label)
 
         return draw
@@ -102,6 +104,7 @@ def training_dynamics(summary: Mapping[str, Any]) -> Figure:
                 axes.plot([row["tokens"] for row in rows], [row[name] for row in rows], **style)
             if name == "gradient_norm":
                 axes.set_yscale("log")
+                _plain_ticks(axes.yaxis)
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.locator_params(axis="x", nbins=4)
             _label(axes, title, "Tokens trained on", label)
@@ -122,6 +125,15 @@ def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(True)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Numbers at the ticks of a logarithmic axis, where powers would be formulas."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _panels(

@@ -99,10 +99,10 @@ def _sections(results: Mapping[str, Any], summary: Mapping[str, Any], figures: M
     header, rows = summary_table(summary)
     chosen = (
         f"Every learning rate was run with seed {seeds[0]}; the one with the lowest bits per byte of the target on the "
-        f"validation lines was run with {len(seeds)} seed{'s' if len(seeds) > 1 else ''} and measured on the test lines. "
-        "Gain is the fall of the target's bits per byte, the rise elsewhere the mean over all other measured languages. "
-        f"Intervals are 95 % bootstrap intervals over {len(languages)} languages and {len(seeds)} seeds; of so few "
-        "languages they are rough."
+        f"validation lines was run with {len(seeds)} seed{'s' if len(seeds) > 1 else ''} and measured on the test "
+        "lines. Gain is the fall of the target's bits per byte, the rise elsewhere the mean over all other measured "
+        f"languages. Intervals are 95 % bootstrap intervals over {len(languages)} languages and {len(seeds)} "
+        "seeds; of so few languages they are rough."
     )
     return [
         Section("What was compared", _setup(results, summary), table=_settings(results)),
@@ -179,12 +179,12 @@ def _setup(results: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{language_label(code)} {number:,}" for code, number in results["neurons"].items())
     done, failed = (sum(facts[name] for facts in summary["methods"].values()) for name in ("runs", "failed"))
     return [
-        f"The base is {base['name']}{trained}. Every method is trained alike: {length} of {training['rows_per_step']} rows "
-        f"of {training['context_length']} tokens, packed, loss on real tokens only, one optimizer from start to end, "
-        "best measurement on the validation lines kept.",
+        f"The base is {base['name']}{trained}. Every method is trained alike: {length} of "
+        f"{training['rows_per_step']} rows of {training['context_length']} tokens, packed, loss on real tokens only, one "
+        "optimizer from start to end, best measurement on the validation lines kept.",
         f"Neurons by the rule {recipe['identify']['rule']}, of {results['neurons_total']:,}: {counts}.",
-        f"Change elsewhere is measured in {len(results['before']['test_others']):,} languages. {done} runs succeeded and "
-        f"{failed} failed, on {machine['device']} with {machine['threads']} threads, torch {machine['torch']}.",
+        f"Change elsewhere is measured in {len(results['before']['test_others']):,} languages. {done} runs "
+        f"succeeded and {failed} failed, on {machine['device']} with {machine['threads']} threads, torch {machine['torch']}.",
     ]
 
 
@@ -207,7 +207,9 @@ def _levels_table(summary: Mapping[str, Any]) -> Table:
         cells = [interval(value) for value in facts["at_forgetting"].values()]
         cells += [_reached(value, len(summary["languages"])) for value in facts["at_gain"].values()]
         rows.append([method, *cells])
-    caption = "Bits per byte on the validation lines: mean [interval]; the best gain is that of any method on a language."
+    caption = (
+        "Bits per byte on the validation lines: mean [interval]; the best gain is that of any method on a language."
+    )
     return Table(caption, header, rows)
 
 
@@ -239,7 +241,9 @@ def _differences_table(summary: Mapping[str, Any]) -> Table | None:
 
 
 def _changes_table(summary: Mapping[str, Any]) -> Table:
-    names = sorted({name for norms in summary["changes"].values() for name in norms}, key=lambda name: (name == "total", name))
+    names = sorted(
+        {name for norms in summary["changes"].values() for name in norms}, key=lambda name: (name == "total", name)
+    )
     rows = [
         [method, *(f"{norms[name]:.3g}" if name in norms else NONE for name in names)]
         for method, norms in summary["changes"].items()
@@ -254,7 +258,14 @@ def _scripts_table(summary: Mapping[str, Any]) -> Table:
 
 
 def _costs_table(summary: Mapping[str, Any]) -> Table:
-    header = ["Method", "Trained weights", "FLOPs per token", "Tokens per second", "Peak memory, MiB", "Seconds of a run"]
+    header = [
+        "Method",
+        "Trained weights",
+        "FLOPs per token",
+        "Tokens per second",
+        "Peak memory, MiB",
+        "Seconds of a run",
+    ]
     rows = [
         [
             method,
@@ -271,7 +282,11 @@ def _costs_table(summary: Mapping[str, Any]) -> Table:
 
 def _failures_table(summary: Mapping[str, Any]) -> Table:
     rows = [
-        [f"{each['language']} {each['method']} at {each['learning_rate']:g}, seed {each['seed']}", each["status"], each["error"]]
+        [
+            f"{each['language']} {each['method']} at {each['learning_rate']:g}, seed {each['seed']}",
+            each["status"],
+            each["error"],
+        ]
         for each in summary["failed"]
     ]
     return Table("Each is left out of every figure above.", ["Run", "Status", "Error"], rows)

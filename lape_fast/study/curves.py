@@ -107,7 +107,9 @@ def bootstrap_band(
         draws, level, seed: see ``bootstrap``.
     """
     if not samples or not all(len(values) for values in samples):
-        raise ShapeError(f"An interval needs a value of every language; it got {[len(each) for each in samples]} values.")
+        raise ShapeError(
+            f"An interval needs a value of every language; it got {[len(each) for each in samples]} values."
+        )
     curves = [np.asarray(values, dtype=np.float64) for values in samples]  # [seeds, N] each
     generator = np.random.Generator(np.random.PCG64(seed))
     languages = generator.integers(len(curves), size=(draws, len(curves)))

@@ -60,7 +60,9 @@ def open_corpora(recipe: Recipe, workspace: Path) -> Corpora:
     """
     names = (recipe.text.corpus, recipe.text.evaluation_corpus or recipe.text.corpus)
     if recipe.text.aligned:
-        names = tuple(link_files(name, workspace / ("corpus" if name == names[0] else "evaluation-corpus")) for name in names)
+        names = tuple(
+            link_files(name, workspace / ("corpus" if name == names[0] else "evaluation-corpus")) for name in names
+        )
     corpora = Corpora(recipe, *names)
     corpora.train(recipe.targets)
     corpora.validation(recipe.targets)

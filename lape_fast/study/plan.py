@@ -63,7 +63,9 @@ def plan_study(recipe: Recipe, gpu: str | float | None = None) -> tuple[dict[str
 def _check_text(recipe: Recipe) -> str:
     """Looks for the languages of the recipe, unless that would need the network."""
     names = {recipe.text.corpus, recipe.text.evaluation_corpus or recipe.text.corpus}
-    remote = sorted(name for name in names if not Path(name).exists() and (known_corpus(name) or "/" in name.strip("./")))
+    remote = sorted(
+        name for name in names if not Path(name).exists() and (known_corpus(name) or "/" in name.strip("./"))
+    )
     if remote:
         return f"{', '.join(remote)}: on the hub, looked at when the study starts"
     with tempfile.TemporaryDirectory() as folder:

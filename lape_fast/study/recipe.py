@@ -6,25 +6,42 @@ A recipe is read over the defaults of its preset: ``corrected`` (those of the cl
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lape_fast.errors import ConfigError, LapeFastError
-from lape_fast.identify import parse_rules
-from lape_fast.text import canonical
+from lape_fast.errors import ConfigError
+from lape_fast.study.reading import (
+    DEFAULT,
+    a_flag,
+    a_mapping,
+    a_method,
+    a_number,
+    a_positive,
+    a_range,
+    a_rate,
+    a_rule,
+    a_section,
+    a_share,
+    a_text,
+    a_whole,
+    codes,
+    did_you_mean,
+    each_of,
+    key,
+    one_of,
+    rates_of,
+)
 from lape_fast.text.records import LineRange
-from lape_fast.tune import BaseSize, TrainingSettings, parse_method
+from lape_fast.tune import BaseSize, TrainingSettings
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ALL, TARGETS = "all", "targets"
-DEFAULT = "default"
 
 # What a preset changes of the defaults. Neither repeats the faults of the published scripts (docs/study.md).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -46,154 +63,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-Reader = Callable[[Any, str], Any]
-
-
-def _key(read: Reader, default: Any = MISSING) -> Any:
-    """A field of a section: how its value is read from YAML, and what it is where the recipe is silent."""
-    return field(default=default, metadata={"read": read})
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"`{where}` is {value!r}; write a text.")
-    return value
-
-
-def _flag(value: Any, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"`{where}` is {value!r}; write true or false.")
-    return value
-
-
-def _lines(value: Any, where: str) -> str:
-    try:
-        return str(LineRange.parse(str(value)))
-    except ConfigError as error:
-        raise ConfigError(f"`{where}`: {error}") from error
-
-
-def _number(fits: Callable[[float], bool], wanted: str) -> Reader:
-    def read(value: Any, where: str) -> float:
-        # YAML reads 1e-4 as a text, and 1.0e-4 as a number.
-        try:
-            number = float(value) if not isinstance(value, bool) else math.nan
-        except (TypeError, ValueError):
-            number = math.nan
-        if not fits(number) or not math.isfinite(number):
-            raise ConfigError(f"`{where}` is {value!r}; write a number {wanted}.")
-        return number
-
-    return read
-
-
-def _whole(least: int) -> Reader:
-    def read(value: Any, where: str) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"`{where}` is {value!r}; write a whole number of at least {least}.")
-        return value
-
-    return read
-
-
-def _one_of(choices: Sequence[str]) -> Reader:
-    def read(value: Any, where: str) -> str:
-        if value not in choices:
-            raise ConfigError(f"`{where}` is {value!r}; {_did_you_mean(value, choices)}")
-        return value
-
-    return read
-
-
-def _each(read: Reader, *, empty: bool = False) -> Reader:
-    def read_all(value: Any, where: str) -> tuple:
-        if not isinstance(value, list) or not (value or empty):
-            raise ConfigError(f"`{where}` is {value!r}; write a list{'' if empty else ' with one value or more'}.")
-        found = tuple(read(each, f"{where}[{number}]") for number, each in enumerate(value))
-        twice = sorted({str(each) for each in found if found.count(each) > 1})
-        if twice:
-            raise ConfigError(f"`{where}` names {twice[0]} twice; name it once.")
-        return found
-
-    return read_all
-
-
-def _code(value: Any, where: str) -> str:
-    try:
-        return canonical(_text(value, where))
-    except LapeFastError as error:
-        raise ConfigError(f"`{where}`: {error}") from error
-
-
-def _codes(*words: str) -> Reader:
-    """A list of language codes, or one of the words."""
-
-    def read(value: Any, where: str) -> str | tuple[str, ...]:
-        return value if value in words else _each(_code)(value, where)
-
-    return read
-
-
-def _rule(value: Any, where: str) -> str:
-    try:
-        rules = parse_rules(_text(value, where))
-    except LapeFastError as error:
-        raise ConfigError(f"`{where}`: {error}") from error
-    if len(rules) > 1:
-        raise ConfigError(f"`{where}` is {value!r}, which is {len(rules)} rules; give one.")
-    return value
-
-
-def _method(value: Any, where: str) -> str:
-    try:
-        parse_method(_text(value, where))
-    except LapeFastError as error:
-        raise ConfigError(f"`{where}`: {error}") from error
-    return value
-
-
-_rate = _number(lambda value: value > 0, "above 0, such as 1e-4")
-_share = _number(lambda value: 0 <= value <= 1, "from 0 to 1")
-_positive = _number(lambda value: value > 0, "above 0")
-
-
-def _rates(value: Any, where: str) -> dict[str, tuple[float, ...]]:
-    """Learning rates of all methods, or by method with those of the others under ``default``."""
-    if not isinstance(value, Mapping):
-        return {DEFAULT: _each(_rate)(value, where)}
-    return {str(name): _each(_rate)(rates, f"{where}.{name}") for name, rates in value.items()}
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"`{where or 'the recipe'}` is {value!r:.60}; write a mapping of names to values.")
-    return dict(value)
-
-
-def _section(kind: type) -> Reader:
-    """Reads a mapping into a dataclass whose fields are keys."""
-
-    def read(value: Any, where: str) -> Any:
-        given = _mapping(value, where)
-        known = {each.name: each for each in fields(kind)}
-        prefix = f"{where}." if where else ""
-        for name in given:
-            if name not in known:
-                raise ConfigError(f"The recipe has the unknown key `{prefix}{name}`; {_did_you_mean(name, known)}")
-        # What is written as null is as if it were left out.
-        values = {name: known[name].metadata["read"](each, prefix + name) for name, each in given.items() if each is not None}
-        lacking = [name for name, each in known.items() if each.default is MISSING and name not in values]
-        if lacking:
-            raise ConfigError(f"The recipe lacks `{prefix}{lacking[0]}`; add it.")
-        return kind(**values)
-
-    return read
-
-
-def _did_you_mean(word: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f"did you mean `{close[0]}`?" if close else f"write one of {', '.join(known)}."
-
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
@@ -207,13 +76,13 @@ class Text:
         train, validation, test: lines.
     """
 
-    corpus: str = _key(_text)
-    evaluation_corpus: str | None = _key(_text, None)
-    aligned: bool = _key(_flag, False)
-    text_column: str | None = _key(_text, None)
-    train: str = _key(_lines)
-    validation: str = _key(_lines)
-    test: str = _key(_lines)
+    corpus: str = key(a_text)
+    evaluation_corpus: str | None = key(a_text, None)
+    aligned: bool = key(a_flag, False)
+    text_column: str | None = key(a_text, None)
+    train: str = key(a_range)
+    validation: str = key(a_range)
+    test: str = key(a_range)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,11 +97,11 @@ class Identify:
         context_length: tokens per row.
     """
 
-    rule: str = _key(_rule, "lape")
-    neurons: str | None = _key(_text, None)
-    languages: str | tuple[str, ...] = _key(_codes(ALL, TARGETS), ALL)
-    tokens_per_language: int | None = _key(_whole(1), None)
-    context_length: int = _key(_whole(2), 512)
+    rule: str = key(a_rule, "lape")
+    neurons: str | None = key(a_text, None)
+    languages: str | tuple[str, ...] = key(codes(ALL, TARGETS), ALL)
+    tokens_per_language: int | None = key(a_whole(1), None)
+    context_length: int = key(a_whole(2), 512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,16 +113,16 @@ class Training:
         evaluate_every: steps between measurements; a quarter of a run where it is None.
     """
 
-    steps: int | None = _key(_whole(1), None)
-    tokens: int | None = _key(_whole(1), None)
-    context_length: int = _key(_whole(2), 512)
-    rows_per_step: int = _key(_whole(1), 8)
-    rows_per_pass: int | None = _key(_whole(1), None)
-    schedule: str = _key(_one_of(SCHEDULES), "cosine")
-    warmup: float = _key(_share, 0.05)
-    weight_decay: float = _key(_number(lambda value: value >= 0, "of at least 0"), 0.01)
-    max_grad_norm: float = _key(_positive, 1.0)
-    evaluate_every: int | None = _key(_whole(1), None)
+    steps: int | None = key(a_whole(1), None)
+    tokens: int | None = key(a_whole(1), None)
+    context_length: int = key(a_whole(2), 512)
+    rows_per_step: int = key(a_whole(1), 8)
+    rows_per_pass: int | None = key(a_whole(1), None)
+    schedule: str = key(one_of(SCHEDULES), "cosine")
+    warmup: float = key(a_share, 0.05)
+    weight_decay: float = key(a_number(lambda value: value >= 0, "of at least 0"), 0.01)
+    max_grad_norm: float = key(a_positive, 1.0)
+    evaluate_every: int | None = key(a_whole(1), None)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.tokens is None):
@@ -276,7 +145,9 @@ class Training:
             ConfigError: the rows of a step are no multiple of those of a pass.
         """
         every = self.evaluate_every or math.ceil(steps / 4)
-        given = {name: value for name, value in asdict(self).items() if name not in ("tokens", "steps", "evaluate_every")}
+        given = {
+            name: value for name, value in asdict(self).items() if name not in ("tokens", "steps", "evaluate_every")
+        }
         settings = TrainingSettings(
             **given, steps=steps, learning_rate=learning_rate, seed=seed, evaluate_every=every, save_every=every
         )
@@ -295,19 +166,26 @@ class Base:
         steps, rows_per_step, context_length, learning_rate, seed: of its training.
     """
 
-    hidden_size: int = _key(_whole(8), BaseSize.hidden_size)
-    neurons_per_layer: int = _key(_whole(8), BaseSize.neurons_per_layer)
-    layers: int = _key(_whole(1), BaseSize.layers)
-    heads: int = _key(_whole(1), BaseSize.heads)
-    vocabulary: int = _key(_whole(300), BaseSize.vocabulary)
-    languages: str | tuple[str, ...] = _key(_codes(ALL), ALL)
-    under_represented: tuple[str, ...] | None = _key(_codes(), None)
-    target_share: float = _key(_number(lambda value: 0 < value <= 1, "above 0 and at most 1"), 0.25)
-    steps: int = _key(_whole(1))
-    rows_per_step: int = _key(_whole(1), 12)
-    context_length: int = _key(_whole(8), 256)
-    learning_rate: float = _key(_rate, 3e-3)
-    seed: int = _key(_whole(0), 0)
+    hidden_size: int = key(a_whole(8), BaseSize.hidden_size)
+    neurons_per_layer: int = key(a_whole(8), BaseSize.neurons_per_layer)
+    layers: int = key(a_whole(1), BaseSize.layers)
+    heads: int = key(a_whole(1), BaseSize.heads)
+    vocabulary: int = key(a_whole(300), BaseSize.vocabulary)
+    languages: str | tuple[str, ...] = key(codes(ALL), ALL)
+    under_represented: tuple[str, ...] | None = key(codes(), None)
+    target_share: float = key(a_number(lambda value: 0 < value <= 1, "above 0 and at most 1"), 0.25)
+    steps: int = key(a_whole(1))
+    rows_per_step: int = key(a_whole(1), 12)
+    context_length: int = key(a_whole(8), 256)
+    learning_rate: float = key(a_rate, 3e-3)
+    seed: int = key(a_whole(0), 0)
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (2 * self.heads):
+            raise ConfigError(
+                f"`base.hidden_size` is {self.hidden_size}, which {self.heads} heads of an even size cannot share; give "
+                f"a multiple of {2 * self.heads}."
+            )
 
     @property
     def size(self) -> BaseSize:
@@ -338,13 +216,17 @@ class Evaluation:
         forgetting_levels: mean changes elsewhere, in bits per byte, at which methods are compared.
     """
 
-    lines: int | None = _key(_whole(1), None)
-    other_lines: int = _key(_whole(1), 10)
-    test_other_lines: int = _key(_whole(1), 20)
-    context_length: int = _key(_whole(2), 512)
-    batch_tokens: int = _key(_whole(1), 8192)
-    gain_shares: tuple[float, ...] = _key(_each(_number(lambda value: 0 < value <= 1, "above 0 and at most 1")), (0.25, 0.5, 0.75))
-    forgetting_levels: tuple[float, ...] = _key(_each(_number(lambda value: value >= 0, "of at least 0")), (0.0, 0.01, 0.03, 0.1))
+    lines: int | None = key(a_whole(1), None)
+    other_lines: int = key(a_whole(1), 10)
+    test_other_lines: int = key(a_whole(1), 20)
+    context_length: int = key(a_whole(2), 512)
+    batch_tokens: int = key(a_whole(1), 8192)
+    gain_shares: tuple[float, ...] = key(
+        each_of(a_number(lambda value: 0 < value <= 1, "above 0 and at most 1")), (0.25, 0.5, 0.75)
+    )
+    forgetting_levels: tuple[float, ...] = key(
+        each_of(a_number(lambda value: value >= 0, "of at least 0")), (0.0, 0.01, 0.03, 0.1)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,21 +249,21 @@ class Recipe:
         tasks: tasks of lm-evaluation-harness for the chosen runs.
     """
 
-    preset: str = _key(_one_of(tuple(PRESETS)), "corrected")
-    model: str | None = _key(_text, None)
-    base: Base | None = _key(_section(Base), None)
-    architecture: dict[str, Any] | None = _key(_mapping, None)
-    dtype: str = _key(_one_of(DTYPES), "auto")
-    text: Text = _key(_section(Text))
-    targets: tuple[str, ...] = _key(_codes())
-    others: str | tuple[str, ...] = _key(_codes(ALL), ALL)
-    identify: Identify = _key(_section(Identify), Identify())
-    methods: tuple[str, ...] = _key(_each(_method), ("subnetwork", "random", "ffn", "full", "lora", "ia3"))
-    learning_rates: dict[str, tuple[float, ...]] = _key(_rates, None)
-    seeds: tuple[int, ...] = _key(_each(_whole(0)), (0, 1, 2))
-    training: Training = _key(_section(Training))
-    evaluation: Evaluation = _key(_section(Evaluation), Evaluation())
-    tasks: tuple[str, ...] = _key(_each(_text, empty=True), ())
+    preset: str = key(one_of(tuple(PRESETS)), "corrected")
+    model: str | None = key(a_text, None)
+    base: Base | None = key(a_section(Base), None)
+    architecture: dict[str, Any] | None = key(a_mapping, None)
+    dtype: str = key(one_of(DTYPES), "auto")
+    text: Text = key(a_section(Text))
+    targets: tuple[str, ...] = key(codes())
+    others: str | tuple[str, ...] = key(codes(ALL), ALL)
+    identify: Identify = key(a_section(Identify), Identify())
+    methods: tuple[str, ...] = key(each_of(a_method), ("subnetwork", "random", "ffn", "full", "lora", "ia3"))
+    learning_rates: dict[str, tuple[float, ...]] = key(rates_of, None)
+    seeds: tuple[int, ...] = key(each_of(a_whole(0)), (0, 1, 2))
+    training: Training = key(a_section(Training))
+    evaluation: Evaluation = key(a_section(Evaluation), Evaluation())
+    tasks: tuple[str, ...] = key(each_of(a_text, empty=True), ())
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.base is None):
@@ -392,7 +274,7 @@ class Recipe:
             if name != DEFAULT and name not in self.methods:
                 raise ConfigError(
                     f"`learning_rates` has rates for {name!r}, which is none of the methods; "
-                    f"{_did_you_mean(name, [*self.methods, DEFAULT])}"
+                    f"{did_you_mean(name, [*self.methods, DEFAULT])}"
                 )
         for method in self.methods:
             self.rates(method)
@@ -450,9 +332,9 @@ def read_recipe(path: str | os.PathLike, preset: str | None = None) -> Recipe:
 
 def parse_recipe(given: Any, preset: str | None = None) -> Recipe:
     """Reads and checks a recipe that is a mapping already; see ``read_recipe``."""
-    given = _mapping(given, "")
-    chosen = _one_of(tuple(PRESETS))(preset or given.get("preset", "corrected"), "preset")
-    return _section(Recipe)(_over(PRESETS[chosen], {**given, "preset": chosen}), "")
+    given = a_mapping(given, "")
+    chosen = one_of(tuple(PRESETS))(preset or given.get("preset", "corrected"), "preset")
+    return a_section(Recipe)(_over(PRESETS[chosen], {**given, "preset": chosen}), "")
 
 
 def slug(method: str) -> str:
@@ -463,6 +345,9 @@ def slug(method: str) -> str:
 def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """``given``, with what it leaves out of the defaults' sections."""
     merged = {**defaults, **given}
+    if "learning_rates" not in given and "methods" in given and "learning_rates" in defaults:
+        named = {DEFAULT, *(given["methods"] if isinstance(given["methods"], list) else ())}
+        merged["learning_rates"] = {name: each for name, each in defaults["learning_rates"].items() if name in named}
     for name in ("identify", "training"):
         if name in defaults and isinstance(given.get(name), Mapping):
             merged[name] = {**defaults[name], **given[name]}

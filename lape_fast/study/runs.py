@@ -59,25 +59,22 @@ def finished(run: Run, runs: Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
-def kept(run: Run, runs: Path, perform: Callable[[Run, Path], dict[str, Any]]) -> dict[str, Any]:
-    """The result of a run, which is performed if it has none; one that fails has a result that says so.
+def perform(run: Run, runs: Path, train: Callable[[Run, Path], dict[str, Any]]) -> dict[str, Any]:
+    """Performs a run and writes its result; one that fails has a result that says so.
 
     Args:
         run: which.
         runs: folder of all.
-        perform: trains in a folder and returns what it measured; it goes on with what an interrupted one left there.
+        train: trains in a folder and returns what it measured; it goes on with what an interrupted one left there.
 
     Raises:
         StoppedError: a signal came; the same call goes on.
     """
-    found = finished(run, runs)
-    if found is not None:
-        return found
     folder = run.folder(runs)
     folder.mkdir(parents=True, exist_ok=True)
     wall, processor = time.perf_counter(), time.process_time()
     try:
-        result = {"status": DONE, **perform(run, folder)}
+        result = {"status": DONE, **train(run, folder)}
     # What a method may raise has no end, and none of it may end the others.
     except Exception as error:
         if isinstance(error, StoppedError):
@@ -99,14 +96,16 @@ def status_of(error: Exception) -> str:
     return OUT_OF_MEMORY if lacking else FAILED
 
 
-def all_results(recipe: Recipe, runs: Path) -> Iterator[dict[str, Any]]:
-    """The results there are so far, in the order of the recipe; the chosen runs have a ``test``."""
+def all_results(recipe: Recipe, runs: Path) -> Iterator[tuple[Run, dict[str, Any], bool]]:
+    """The results there are so far, in the order of the recipe, and whether each is at the chosen learning rate."""
     for language in recipe.targets:
         for method in recipe.methods:
-            first = [finished(run, runs) for run in sweep(recipe, language, method)]
-            yield from (result for result in first if result)
-            best = choose([result for result in first if result])
+            swept = {run: result for run in sweep(recipe, language, method) if (result := finished(run, runs))}
+            best = choose(list(swept.values()))
+            rate = best and best["learning_rate"]
+            yield from ((run, result, run.learning_rate == rate) for run, result in swept.items())
             for seed in recipe.seeds[1:] if best else ():
-                result = finished(Run(language, method, best["learning_rate"], seed), runs)
+                run = Run(language, method, rate, seed)
+                result = finished(run, runs)
                 if result:
-                    yield result
+                    yield run, result, True

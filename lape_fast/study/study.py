@@ -1,10 +1,10 @@
 """A study: methods, languages, learning rates and seeds on one base, from a recipe to a file of results.
 
-    OUTPUT/base/ base-training.json     the base, where the recipe trains one
-    OUTPUT/identify/                    counts and neurons
-    OUTPUT/base.json                    the base's bits per byte, with which every run is compared
-    OUTPUT/runs/LANGUAGE/METHOD/RUN/    run.json of each run, and test.json and the adapter of the chosen ones
-    OUTPUT/results.json                 all of it in one file, from which the report is made
+OUTPUT/base/ base-training.json     the base, where the recipe trains one
+OUTPUT/identify/                    counts and neurons
+OUTPUT/base.json                    the base's bits per byte, with which every run is compared
+OUTPUT/runs/LANGUAGE/METHOD/RUN/    run.json of each run, and test.json and the adapter of the chosen ones
+OUTPUT/results.json                 all of it in one file, from which the report is made
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lape_fast.models import load_model
 from lape_fast.progress import Advance, log, progress_bar
 from lape_fast.study.measuring import Corpora, Yardstick, open_corpora
 from lape_fast.study.recipe import ALL, TARGETS, Recipe
-from lape_fast.study.runs import DONE, Run, all_results, choose, count_runs, finished, kept, sweep
+from lape_fast.study.runs import DONE, Run, all_results, choose, count_runs, finished, perform, sweep
 from lape_fast.tune import TuningConfig, load_adapter, read_dynamics, train_base_model, tune_language
 
 RECIPE_NAME, BASE_NAME, TEST_NAME, RESULTS_NAME = "recipe.json", "base.json", "test.json", "results.json"
@@ -69,12 +69,11 @@ def run_study(recipe: Recipe, output: str | os.PathLike) -> dict[str, Any]:
     corpora = open_corpora(recipe, output)
     base = _Base(recipe, corpora, output)
     neurons = find_neurons(recipe, corpora, base, output)
-    before = measure_base(base, output)
     with progress_bar("study", count_runs(recipe), "run") as advance:
-        told = _Told(recipe, output / "runs", advance)
+        study = _Study(recipe, corpora, base, neurons, measure_base(base, output), output / "runs", advance)
         for language in recipe.targets:
             for method in recipe.methods:
-                _perform(recipe, corpora, base, before, neurons, output / "runs", language, method, told)
+                study.compare(language, method)
             # After every language, so that a long study can be reported on before its end.
             write_json(output / RESULTS_NAME, collect_results(recipe, neurons, output))
     return read_json(output / RESULTS_NAME)
@@ -181,7 +180,9 @@ def find_neurons(recipe: Recipe, corpora: Corpora, base: _Base, output: Path) ->
         _, neurons = identify_neurons(base.model, base.tokenizer, corpus, output / "identify", settings)
     for language in recipe.targets:
         if language not in neurons.languages or not neurons.count(language):
-            raise ConfigError(f"No neuron of {language} was selected by {asked.rule!r}; choose a rule that gives it some.")
+            raise ConfigError(
+                f"No neuron of {language} was selected by {asked.rule!r}; choose a rule that gives it some."
+            )
     return neurons
 
 
@@ -193,114 +194,116 @@ def measure_base(base: _Base, output: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _perform(recipe, corpora, base: _Base, before, neurons, runs: Path, language: str, method: str, told) -> None:
-    """The sweep of one method on one language, its other seeds at the best rate, and their tests."""
+class _Study:
+    """The runs of a study; it tells of every run that there is a result of, and how long the rest will take."""
 
-    def train(run: Run, folder: Path) -> dict[str, Any]:
-        try:
-            return train_run(recipe, corpora, base, before, neurons, run, folder)
-        except Exception:
-            base.discard()
-            raise
+    def __init__(self, recipe, corpora, base, neurons, before, runs: Path, advance: Advance) -> None:
+        self._recipe: Recipe = recipe
+        self._corpora: Corpora = corpora
+        self._base: _Base = base
+        self._neurons: NeuronSet = neurons
+        self._before: Mapping[str, Any] = before
+        self._runs, self._advance = runs, advance
+        self._told, self._performed, self._began = 0, 0, time.perf_counter()
 
-    tried = [told(run, kept(run, runs, train)) for run in sweep(recipe, language, method)]
-    best = choose(tried)
-    if best is None:
-        told.skip(len(recipe.seeds) - 1)
-        return
-    chosen = Run(language, method, best["learning_rate"], best["seed"])
-    test_run(base, before, chosen, runs)
-    for run in sweep(recipe, language, method):
-        if run != chosen:
-            shutil.rmtree(run.folder(runs) / "adapter", ignore_errors=True)
-    for seed in recipe.seeds[1:]:
-        run = Run(language, method, best["learning_rate"], seed)
-        if told(run, kept(run, runs, train))["status"] == DONE:
-            test_run(base, before, run, runs)
-            shutil.rmtree(run.folder(runs) / "adapter", ignore_errors=True)
+    def compare(self, language: str, method: str) -> None:
+        """The sweep of one method on one language, its other seeds at the best rate, and their tests."""
+        swept = sweep(self._recipe, language, method)
+        best = choose([self._result(run) for run in swept])
+        others = self._recipe.seeds[1:]
+        if best is None:
+            self._told += len(others)
+            self._advance(len(others))
+            return
+        chosen = Run(language, method, best["learning_rate"], best["seed"])
+        self._test(chosen)
+        for run in swept:
+            if run != chosen:
+                self._remove_adapter(run)
+        for seed in others:
+            run = Run(language, method, best["learning_rate"], seed)
+            if self._result(run)["status"] == DONE:
+                self._test(run)
+                self._remove_adapter(run)
 
+    def _result(self, run: Run) -> dict[str, Any]:
+        found = finished(run, self._runs)
+        result = found or perform(run, self._runs, self._train)
+        self._told += 1
+        self._performed += found is None
+        if result["status"] == DONE:
+            first, last = result["points"][0], result["points"][-1]
+            outcome = (
+                f"target {last['target'] - first['target']:+.4f}, elsewhere {last['elsewhere']:+.4f} bits per byte"
+            )
+        else:
+            outcome = f"{result['status']}: {result['error']}"
+        self._advance(1, 1, f"{run}: {outcome}")
+        if not found:
+            left = (time.perf_counter() - self._began) / self._performed * (count_runs(self._recipe) - self._told) / 60
+            log(f"Run {self._told} of {count_runs(self._recipe)}: {run}: {outcome}; about {left:.0f} min left.")
+        return result
 
-def train_run(recipe, corpora: Corpora, base: _Base, before, neurons: NeuronSet, run: Run, folder: Path) -> dict[str, Any]:
-    """Trains one run and measures it on the way; the adapter stays in its folder.
+    def _train(self, run: Run, folder: Path) -> dict[str, Any]:
+        """Trains one run and measures it on the way; the adapter stays in its folder."""
+        adapter = folder / "adapter"
+        if not adapter.exists():
+            try:
+                self._tune(run, adapter)
+            # Whatever it was, the next run needs a base that is whole.
+            except Exception:
+                self._base.discard()
+                raise
+        report, records = read_json(adapter / "training.json"), read_dynamics(adapter)
+        points = [
+            {"step": record["step"], "tokens": record["tokens"], **record["measured"]}
+            for record in records
+            if "measured" in record
+        ]
+        start, unchanged = points[0]["target"], self._before["validation_targets"][run.language]
+        if start != unchanged:
+            raise TrainingError(
+                f"{run} began at {start} bits per byte, where the base has {unchanged}: the run before it left the "
+                "base changed; remove the folder of the run to try it again."
+            )
+        curves = [{"step": each["step"], **{name: each[name] for name in RECORDED if name in each}} for each in records]
+        return {**{name: report.get(name) for name in REPORTED}, "points": points, "records": curves}
 
-    Raises:
-        TrainingError: the base is not what it was before the first run.
-    """
-    adapter = folder / "adapter"
-    if not adapter.exists():
-        config = TuningConfig(method=run.method, language=run.language, neurons=neurons, seed=run.seed)
+    def _tune(self, run: Run, adapter: Path) -> None:
+        base, recipe = self._base, self._recipe
         tuned, _ = tune_language(
             base.model,
             base.tokenizer,
-            corpora.train([run.language]),
-            config,
+            self._corpora.train([run.language]),
+            TuningConfig(method=run.method, language=run.language, neurons=self._neurons, seed=run.seed),
             adapter,
             recipe.training.settings(recipe.training.total_steps, run.learning_rate, run.seed),
-            corpora.validation([run.language], recipe.evaluation.lines),
-            measure=base.yardstick.measure(before, run.language),
+            self._corpora.validation([run.language], recipe.evaluation.lines),
+            measure=base.yardstick.measure(self._before, run.language),
         )
         tuned.detach(keep=False)
-    report, records = read_json(adapter / "training.json"), read_dynamics(adapter)
-    points = [
-        {"step": record["step"], "tokens": record["tokens"], **record["measured"]}
-        for record in records
-        if "measured" in record
-    ]
-    start, unchanged = points[0]["target"], before["validation_targets"][run.language]
-    if start != unchanged:
-        raise TrainingError(
-            f"{run} began at {start} bits per byte, where the base has {unchanged}: the run before it left the base "
-            "changed; report this, and remove the folder of the run to try it again."
-        )
-    curves = [{"step": each["step"], **{name: each[name] for name in RECORDED if name in each}} for each in records]
-    return {**{name: report.get(name) for name in REPORTED}, "points": points, "records": curves}
 
+    def _test(self, run: Run) -> None:
+        """Measures a chosen run on the test lines, once."""
+        path = run.folder(self._runs) / TEST_NAME
+        if not path.exists():
+            loaded = load_adapter(self._base.model, run.folder(self._runs) / "adapter")
+            try:
+                write_json(path, self._base.yardstick.test(self._base.model, self._before, run.language))
+            finally:
+                loaded.detach(keep=False)
 
-def test_run(base: _Base, before: Mapping[str, Any], run: Run, runs: Path) -> None:
-    """Measures a chosen run on the test lines, once."""
-    folder = run.folder(runs)
-    if not (folder / TEST_NAME).exists():
-        loaded = load_adapter(base.model, folder / "adapter")
-        try:
-            write_json(folder / TEST_NAME, base.yardstick.test(base.model, before, run.language))
-        finally:
-            loaded.detach(keep=False)
-
-
-class _Told:
-    """Tells of every run that there is a result of, and how long the rest will take."""
-
-    def __init__(self, recipe: Recipe, runs: Path, advance: Advance) -> None:
-        self._total, self._runs, self._advance = count_runs(recipe), runs, advance
-        self._done, self._began, self._here = 0, time.perf_counter(), 0
-
-    def __call__(self, run: Run, result: dict[str, Any]) -> dict[str, Any]:
-        self._done += 1
-        told = result["status"]
-        if told == DONE:
-            first, last = result["points"][0], result["points"][-1]
-            told = f"target {last['target'] - first['target']:+.4f}, elsewhere {last['elsewhere']:+.4f} bits per byte"
-        else:
-            told = f"{told}: {result['error']}"
-        self._advance(1, 1, f"{run}: {told}")
-        self._here += 1
-        left = (time.perf_counter() - self._began) / self._here * (self._total - self._done) / 60
-        log(f"Run {self._done} of {self._total}: {run}: {told}; about {left:.0f} min left.")
-        return result
-
-    def skip(self, number: int) -> None:
-        self._done += number
-        self._advance(number, 0, "")
+    def _remove_adapter(self, run: Run) -> None:
+        shutil.rmtree(run.folder(self._runs) / "adapter", ignore_errors=True)
 
 
 def collect_results(recipe: Recipe, neurons: NeuronSet, output: str | os.PathLike) -> dict[str, Any]:
     """Everything that a report needs, of the runs there are so far."""
     output = Path(output)
     runs = []
-    for result in all_results(recipe, output / "runs"):
-        run = Run(*(result[name] for name in ("language", "method", "learning_rate", "seed")))
+    for run, result, chosen in all_results(recipe, output / "runs"):
         tested = run.folder(output / "runs") / TEST_NAME
-        runs.append({**result, "test": read_json(tested)} if tested.exists() else result)
+        runs.append({**result, "test": read_json(tested)} if chosen and tested.exists() else result)
     trained = output / "base-training.json"
     report = read_json(trained) if trained.exists() else {}
     return {

@@ -103,7 +103,8 @@ def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
     }
     values = {
         kind: {
-            level: {method: _values(fronts[method], read) for method in found.methods} for level, read in by_level.items()
+            level: {method: _values(fronts[method], read) for method in found.methods}
+            for level, read in by_level.items()
         }
         for kind, by_level in comparisons.items()
     }
@@ -139,20 +140,29 @@ def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
         "dynamics": {method: _dynamics(found, method) for method in found.methods},
         "changes": {method: _changes(found, method) for method in found.methods},
         "scripts": _scripts(found),
-        "failed": [{name: run[name] for name in ("language", "method", "learning_rate", "seed", "status", "error")} for run in found.failed],
+        "failed": [
+            {name: run[name] for name in ("language", "method", "learning_rate", "seed", "status", "error")}
+            for run in found.failed
+        ],
     }
 
 
 def _values(fronts: Mapping[str, Mapping[int, Frontier]], read) -> dict[str, dict[int, float]]:
     """What is read off every language's and seed's frontier; those that do not reach the level are left out."""
     found = {
-        language: {seed: read(language, front) for seed, front in by_seed.items()} for language, by_seed in fronts.items()
+        language: {seed: read(language, front) for seed, front in by_seed.items()}
+        for language, by_seed in fronts.items()
     }
-    reached = {language: {seed: value for seed, value in by_seed.items() if value is not None} for language, by_seed in found.items()}
+    reached = {
+        language: {seed: value for seed, value in by_seed.items() if value is not None}
+        for language, by_seed in found.items()
+    }
     return {language: by_seed for language, by_seed in reached.items() if by_seed}
 
 
-def _differences(first: Mapping[str, Mapping[int, float]], second: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, float]]:
+def _differences(
+    first: Mapping[str, Mapping[int, float]], second: Mapping[str, Mapping[int, float]]
+) -> dict[str, dict[int, float]]:
     """Second minus first, for the languages and seeds that both have."""
     both = {
         language: {seed: second[language][seed] - value for seed, value in by_seed.items() if seed in second[language]}
@@ -216,13 +226,15 @@ def _curves(found: Results, fronts: Mapping[str, Mapping[str, Mapping[int, Front
     grid = np.linspace(0.0, max(end, 1e-3), GRID)
     averaged = {}
     for method, of in fronts.items():
-        curves = [
-            [[front.gain_at(x) for x in grid] for front in by_seed.values()]
-            for by_seed in of.values()
-        ]
+        curves = [[[front.gain_at(x) for x in grid] for front in by_seed.values()] for by_seed in of.values()]
         if curves:
             mean, low, high = bootstrap_band(curves)
-            averaged[method] = {"mean": mean.tolist(), "low": low.tolist(), "high": high.tolist(), "languages": len(curves)}
+            averaged[method] = {
+                "mean": mean.tolist(),
+                "low": low.tolist(),
+                "high": high.tolist(),
+                "languages": len(curves),
+            }
     by_language = {
         language: {
             method: {"forgetting": list(front.forgetting), "gain": list(front.gain)}
@@ -248,7 +260,10 @@ def _sweep(found: Results) -> dict[str, list[dict[str, Any]]]:
             | {"languages": len(points)}
             for rate, points in sorted(by_rate.items())
         ]
-    return {method: [{**_rounded(row), "learning_rate": row["learning_rate"]} for row in rows] for method, rows in table.items()}
+    return {
+        method: [{**_rounded(row), "learning_rate": row["learning_rate"]} for row in rows]
+        for method, rows in table.items()
+    }
 
 
 def _dynamics(found: Results, method: str) -> dict[str, list[dict[str, float]]]:
@@ -311,10 +326,15 @@ def to_csv(summary: Mapping[str, Any]) -> str:
     """The table of a summary: a row per method, each mean with the ends of its interval."""
     rows = []
     for method, facts in summary["methods"].items():
-        row: dict[str, Any] = {"method": method, **{name: facts[name] for name in ("runs", "failed", *COSTS, "peak_bytes")}}
+        row: dict[str, Any] = {
+            "method": method,
+            **{name: facts[name] for name in ("runs", "failed", *COSTS, "peak_bytes")},
+        }
         measured = {"gain": facts["gain"], "forgetting": facts["forgetting"]}
         measured |= {f"gain at forgetting {level}": value for level, value in facts["at_forgetting"].items()}
-        measured |= {f"forgetting at {float(level):.0%} of the best gain": value for level, value in facts["at_gain"].items()}
+        measured |= {
+            f"forgetting at {float(level):.0%} of the best gain": value for level, value in facts["at_gain"].items()
+        }
         for name, interval in measured.items():
             for end in ("mean", "low", "high", "languages"):
                 row[name if end == "mean" else f"{name}, {end}"] = interval[end] if interval else ""
@@ -339,7 +359,11 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
             )
     for level, _ in _levels(summary, "at_gain"):
         means = _means(summary, "at_gain", level)
-        complete = {m: v for m, v in means.items() if summary["methods"][m]["at_gain"][level]["languages"] == len(summary["languages"])}
+        complete = {
+            m: v
+            for m, v in means.items()
+            if summary["methods"][m]["at_gain"][level]["languages"] == len(summary["languages"])
+        }
         if complete:
             best = min(complete, key=complete.__getitem__)
             sentences.append(
