@@ -13,7 +13,7 @@ from lape_fast import __version__
 from lape_fast.errors import ConfigError, FileFormatError
 from lape_fast.files import read_json, read_metadata
 from lape_fast.identify import ActivationCounts, NeuronSet
-from lape_fast.tune import read_adapter_config
+from lape_fast.tune import describe_adapter
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "peft", "accelerate", "safetensors")
 
@@ -31,7 +31,7 @@ def describe_file(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        return read_adapter_config(path)
+        return describe_adapter(path)
     kind = read_metadata(path).get("kind")
     if kind == "counts":
         return {"kind": kind, **ActivationCounts.load(path).summary()}

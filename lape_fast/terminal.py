@@ -183,6 +183,15 @@ def print_scores(columns: dict, as_json: bool) -> None:
     if as_json:
         print_json(measured)
         return
+    if len(columns) > 2:
+        # Side by side, the change stands behind each value.
+        table = new_table("language", *columns)
+        for language in measured["base"]:
+            base, *values = (scores[language]["bits_per_byte"] for scores in measured.values())
+            table.add_row(language, f"{base:.4f}", *(f"{value:.4f} ({value - base:+.4f})" for value in values))
+        _print_whole(table)
+        Console().print("Bits per byte, and in brackets how they differ from the base.")
+        return
     table = new_table("language", *(f"{name}: bits per byte" for name in columns), "change", "perplexity")
     for language in measured["base"]:
         values = [scores[language]["bits_per_byte"] for scores in measured.values()]

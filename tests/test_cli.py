@@ -480,3 +480,42 @@ def test_the_version_is_the_packages():
     import lape_fast
 
     assert run("--version").strip() == lape_fast.__version__
+
+
+def test_methods_are_compared_on_one_base(workplace):
+    common = ["--model", workplace / "base", "--corpus", workplace / "texts"]
+    short = ["--steps", 3, "--context-length", 32, "--rows-per-step", 2, "--learning-rate", "0.01", "--lines", "1-20"]
+    folders = {}
+    for method in ("lora:rank=2", "ffn", "random-per-layer"):
+        folder = folders[method] = workplace / f"by-{method.partition(':')[0]}"
+        needed = ["--neurons", workplace / "out" / "neurons.safetensors"] if method.startswith("random") else []
+        watched = ["--validation-lines", "21-25", "--others", "eng,rus", "--evaluate-every", 2]
+        tune = ("tune", *common, *short, *watched, *needed, "--language", "mt", "--method", method)
+        facts = json.loads(run(*tune, "--output", folder, "--json"))
+        assert facts["method"].startswith(method)
+        assert (folder / "training-dynamics.png").read_bytes().startswith(b"\x89PNG")
+        records = [json.loads(line) for line in (folder / "dynamics.jsonl").read_text().splitlines()]
+        assert records[0]["measured"].keys() == TEXTS.keys()
+        assert json.loads(run("info", folder, "--json"))
+    adapters = [part for folder in folders.values() for part in ("--adapter", folder)]
+    scores = json.loads(run("evaluate", *common, *adapters, "--lines", "26-30", "--json"))
+    assert list(scores) == ["base", "by-lora", "by-ffn", "by-random-per-layer"]
+    alone = json.loads(run("evaluate", *common, "--adapter", folders["ffn"], "--lines", "26-30", "--json"))
+    assert alone["adapter"] == scores["by-ffn"] and alone["base"] == scores["base"]
+    values = [scores[name]["mlt_Latn"]["bits_per_byte"] for name in ("base", "by-ffn")]
+    table = run("evaluate", *common, *adapters, "--lines", "26-30")
+    assert f"{values[1]:.4f} ({values[1] - values[0]:+.4f})" in table
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "lorra"], "did you mean 'lora'?"),
+        (["--method", "masked"], "trains chosen neurons, but none were given"),
+        (["--method", "ffn", "--dry-run"], "plans the memory of subnetwork, random, random-per-layer only"),
+        (["--method", "ffn", "--others", "eng"], "is measured on the validation lines"),
+    ],
+)
+def test_wrong_methods_are_refused_before_a_model_is_loaded(options, message, workplace, monkeypatch, capsys):
+    command = ["tune", "--model", workplace / "nowhere", "--language", "mt", "--output", workplace / "none", *options]
+    assert message in " ".join(failure(monkeypatch, capsys, *command).split())

@@ -12,6 +12,7 @@ import torch
 
 from lape_fast.cli import main
 from lape_fast.identify import NeuronSet
+from lape_fast.tune import TrainingSettings
 from tests.tiny_models import save_tiny
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "tune.md").read_text(encoding="utf-8")
@@ -25,6 +26,8 @@ SMALLER = {
     "--rows-per-step 32": "--rows-per-step 4 --steps 2",
     "--lines 1-90000": "--lines 1-25",
     "--validation-lines 90001-90500": "--validation-lines 26-30",
+    "--lines 90001-90500": "--lines 26-30",
+    "rank=32,alpha=64": "rank=4",
 }
 
 
@@ -69,9 +72,12 @@ def run(command: str, monkeypatch) -> None:
 def test_every_command_runs(workplace, monkeypatch, capfd):
     # The torchrun command is run by tests/tune/test_distributed.py, with two processes.
     mine = [command for command in commands() if command.startswith("lape-fast")]
-    assert [command.split()[1] for command in mine] == ["tune", "tune", "tune", "tune", "merge"]
+    assert [command.split()[1] for command in mine] == ["tune", "tune", "tune", "tune", "merge", "tune", "evaluate"]
     for command in mine:
         adapter = Path("adapters/mlt_Latn")
+        if " evaluate " in command:
+            # The one of this base is the first that was moved aside.
+            Path("adapters/1").rename(adapter)
         if adapter.exists() and " tune " in f" {command} ":
             adapter.rename(f"adapters/{len(list(Path('adapters').iterdir()))}")
         run(command, monkeypatch)
@@ -85,7 +91,7 @@ def test_every_listing_runs(workplace, monkeypatch, capfd):
 
     small = {"max_steps": 2, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     ids = torch.randint(3, 300, (8, 16)).tolist()
-    trainer_listing, optimizer_listing, sft_listing, adapters_listing = listings()
+    trainer_listing, optimizer_listing, sft_listing, methods_listing, adapters_listing = listings()
     given = {
         "dataset": Dataset.from_dict({"input_ids": ids, "labels": ids}),
         "arguments": TrainingArguments("run-2", **small),
@@ -100,6 +106,11 @@ def test_every_listing_runs(workplace, monkeypatch, capfd):
         'SFTConfig("run", ', f'SFTConfig("run-3", bf16=False, max_length=32, **{small!r}, '
     )
     exec(sft, {"dataset": texts})
+
+    settings = TrainingSettings(context_length=32, rows_per_step=2, steps=2)
+    compared = {"settings": settings}
+    exec(smaller(methods_listing), compared)
+    assert compared["adapter"].trainable() == 2 * 3 * 64 * 128
 
     for language in ("mlt", "isl"):
         run(

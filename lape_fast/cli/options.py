@@ -109,7 +109,9 @@ Quantise = Annotated[
 ]
 Output = Annotated[Path, typer.Option("--output", help="Where to write; nothing that exists is overwritten.")]
 Neurons = Annotated[Path, typer.Option("--neurons", help="Neuron file, as written by identify or select.")]
-Adapter = Annotated[Path | None, typer.Option("--adapter", help="Adapter folder, as written by tune.")]
+Adapters = Annotated[
+    list[Path], typer.Option("--adapter", help="Adapter folder of any method, as written by tune; repeatable.")
+]
 Config = Annotated[
     Path | None,
     typer.Option("--config", callback=_read_config, is_eager=True, help="YAML file of options; flags override it."),

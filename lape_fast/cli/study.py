@@ -9,7 +9,7 @@ import typer
 
 from lape_fast.cli.options import (
     DEFAULT_CORPUS,
-    Adapter,
+    Adapters,
     BatchTokens,
     Config,
     ContextLength,
@@ -34,7 +34,7 @@ from lape_fast.terminal import print_ablation, print_scores, print_study, print_
 def evaluate(
     model: Model,
     corpus: CorpusSpec = DEFAULT_CORPUS,
-    adapter: Adapter = None,
+    adapter: Adapters = [],  # noqa: B006
     lines: Lines = None,
     languages: Languages = None,
     text_column: TextColumn = None,
@@ -46,7 +46,9 @@ def evaluate(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Measure bits per byte and perplexity of each language; with an adapter, before and after.
+    """Measure bits per byte and perplexity of each language; with adapters, before and after each of them.
+
+    The base is loaded once, whatever methods the adapters are of.
 
     Example: lape-fast evaluate --model meta-llama/Llama-3.1-8B --adapter adapters/mlt_Latn --corpus texts/
     --lines 1798-1997
@@ -58,9 +60,10 @@ def evaluate(
     loaded, tokenizer = load(model, dtype, device, quantise=quantise)
     text = prepare_text(loaded, tokenizer, opened, context_length=context_length, batch_tokens=batch_tokens)
     columns = {"base": score(loaded, text, "evaluating the base")}
-    if adapter is not None:
-        load_adapter(loaded, adapter)
-        columns["adapter"] = score(loaded, text, "evaluating the adapter")
+    for folder, name in zip(adapter, _names(adapter), strict=True):
+        loaded_adapter = load_adapter(loaded, folder)
+        columns[name] = score(loaded, text, f"evaluating {name}")
+        loaded_adapter.detach(keep=False)
     print_scores(columns, as_json)
 
 
@@ -165,3 +168,11 @@ def study(
             write_bytes(folder / "results.json", (output / "results.json").read_bytes())
     summary = report_study(folder)
     print_study(summary, summary_table(summary), folder, as_json)
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """What to call adapters in a table: by their folders, which are named in full where two end alike."""
+    if len(folders) == 1:
+        return ["adapter"]
+    short = [folder.name for folder in folders]
+    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]

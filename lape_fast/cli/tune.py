@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,6 @@ from lape_fast.cli.options import (
     Json,
     Lines,
     Model,
-    Neurons,
     Output,
     Quantise,
     TextColumn,
@@ -29,11 +29,19 @@ from lape_fast.cli.options import (
 from lape_fast.errors import ConfigError
 from lape_fast.terminal import print_facts, print_plan
 
+# The methods whose memory can be planned.
+PLANNED = ("subnetwork", "random", "random-per-layer")
+
+FIGURE_NAME = "training-dynamics.png"
+
 
 def tune(
     model: Model,
-    neurons: Neurons,
-    language: Annotated[str, typer.Option("--language", help="Whose neurons to tune, on its own text.")],
+    language: Annotated[str, typer.Option("--language", help="Which language to tune, on its own text.")],
+    neurons: Annotated[
+        Path | None,
+        typer.Option("--neurons", help="Neuron file, for the methods subnetwork, random, random-per-layer and masked."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Adapter folder to write; nothing that exists is overwritten.")
     ] = None,
@@ -43,8 +51,21 @@ def tune(
         str | None, typer.Option("--validation-lines", help="Lines on which the best values are chosen.")
     ] = None,
     text_column: TextColumn = None,
+    others: Annotated[
+        str | None,
+        typer.Option(
+            "--others",
+            help="Comma-separated languages to measure beside it on the validation lines while it is tuned.",
+        ),
+    ] = None,
     method: Annotated[
-        str, typer.Option("--method", help="subnetwork, or random: as many neurons, none of them the language's.")
+        str,
+        typer.Option(
+            "--method",
+            help="subnetwork; as controls random or random-per-layer (as many neurons, none of them the language's) "
+            "and masked (dense gradients times a mask); ffn, full; lora and ia3, with options as in "
+            "lora:rank=32,alpha=64,dropout=0.1,targets=gate+up+down or ia3:targets=down.",
+        ),
     ] = "subnetwork",
     policy: Annotated[
         str,
@@ -98,19 +119,30 @@ def tune(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Tune one language's neurons and write an adapter folder. The same command resumes an interrupted run.
+    """Tune one language's neurons, or all weights or an adapter of PEFT in comparison, and write an adapter folder.
 
-    Under torchrun each GPU computes its share of the rows of every step.
+    The folder holds the trained values, the report training.json, and the records of the training as dynamics.jsonl
+    and training-dynamics.png. The same command resumes an interrupted run. Under torchrun each GPU computes its share
+    of the rows of every step.
 
     Example: lape-fast tune --model meta-llama/Llama-3.1-8B --corpus texts/ --neurons out/neurons.safetensors
     --language mlt_Latn --output adapters/mlt_Latn
+
+    In comparison: lape-fast tune --model meta-llama/Llama-3.1-8B --corpus texts/ --method lora:rank=32,alpha=64
+    --language mlt_Latn --output adapters/mlt_Latn-lora
     """
     from lape_fast.files import refuse_existing
     from lape_fast.identify import joined_world
+    from lape_fast.report import language_label, save_figure, training_dynamics
     from lape_fast.text import canonical
-    from lape_fast.tune import SubnetworkConfig, TrainingSettings, plan, tune_language
+    from lape_fast.tune import TrainingSettings, TuningConfig, plan, read_dynamics, tune_language
 
+    choice = TuningConfig(method=method, language=language, neurons=neurons, policy=policy, seed=seed)
     if dry_run:
+        if choice.method.name not in PLANNED:
+            raise ConfigError(
+                f"--dry-run plans the memory of {', '.join(PLANNED)} only, not of {method}; leave --dry-run out."
+            )
         predicted = plan(
             model,
             neurons,
@@ -129,7 +161,10 @@ def tune(
         raise ConfigError("tune needs --output, the folder of the adapter that it writes; --dry-run writes none.")
     # Before a large model is loaded for nothing.
     refuse_existing(output)
-    choice = SubnetworkConfig(neurons=neurons, language=language, method=method, policy=policy, seed=seed)
+    if others and not validation_lines:
+        raise ConfigError(
+            f"--others {others} is measured on the validation lines; name them, as in --validation-lines 1598-1797."
+        )
     opened = open_text(corpus, lines, language, text_column)
     validation = open_text(corpus, validation_lines, language, text_column) if validation_lines else None
     settings = TrainingSettings(
@@ -150,7 +185,14 @@ def tune(
     )
     with joined_world() as world:
         loaded, tokenizer = load(model, dtype, device or world.device, quantise=quantise)
-        _, report = tune_language(loaded, tokenizer, opened, choice, output, settings, validation)
+        measure = None
+        if others:
+            measured = open_text(corpus, validation_lines, f"{language},{others}", text_column)
+            measure = _bits_per_byte(loaded, tokenizer, measured, context_length)
+        _, report = tune_language(loaded, tokenizer, opened, choice, output, settings, validation, measure=measure)
+        if world.is_main:
+            title = f"{language_label(language)}: {choice.method}"
+            save_figure(training_dynamics(read_dynamics(output), title, choice.language), output / FIGURE_NAME)
     facts = {
         "adapter": str(output),
         "language": canonical(language),
@@ -188,3 +230,10 @@ def merge(
     if quantise:
         note(f"The base was {quantise}; what was written is the dequantised model in {facts['dtype']}.")
     print_facts(output, facts, as_json)
+
+
+def _bits_per_byte(model, tokenizer, corpus, context_length: int):
+    """Measures the bits per byte of every language of a corpus."""
+    from lape_fast.study import bits_per_byte, prepare_text
+
+    return functools.partial(bits_per_byte, text=prepare_text(model, tokenizer, corpus, context_length=context_length))

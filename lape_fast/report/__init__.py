@@ -1,5 +1,6 @@
 """Reporting what was found: figures, and one self-contained page."""
 
+from lape_fast.report.dynamics import training_dynamics
 from lape_fast.report.figures import (
     ablation_heatmap,
     figure_svg,
@@ -28,4 +29,5 @@ __all__ = [
     "report_study",
     "save_figure",
     "summary_table",
+    "training_dynamics",
 ]

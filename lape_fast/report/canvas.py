@@ -214,7 +214,7 @@ def heading(axes: Axes, title: str, *lines: str) -> None:
     axes.annotate(title, xytext=(0, lift + 5 + 1.2 * text.get_fontsize() * len(lines)), **TITLE_FONT, **place)
 
 
-def fitted(figure: Figure, axes: Axes) -> Figure:
+def fitted(figure: Figure, *axes: Axes) -> Figure:
     """Grows the figure around its axes, which keep their size, until all labels are inside."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -223,6 +223,9 @@ def fitted(figure: Figure, axes: Axes) -> Figure:
     box = figure.get_tightbbox()
     full_width, full_height = box.width + 2 * MARGIN, box.height + 2 * MARGIN
     figure.set_size_inches(full_width, full_height)
-    left, bottom = MARGIN - box.x0, MARGIN - box.y0
-    axes.set_position((left / full_width, bottom / full_height, width / full_width, height / full_height))
+    for each in axes:
+        place = each.get_position()
+        left, bottom = MARGIN - box.x0 + place.x0 * width, MARGIN - box.y0 + place.y0 * height
+        size = (place.width * width / full_width, place.height * height / full_height)
+        each.set_position((left / full_width, bottom / full_height, *size))
     return figure

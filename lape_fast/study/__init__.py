@@ -1,7 +1,14 @@
 """Studying what happened: scores per language, and what switching neurons off costs."""
 
 from lape_fast.study.ablate import ablate_neurons, ablate_to_file, silenced
-from lape_fast.study.evaluate import EvaluationText, LanguageScore, evaluate_languages, prepare_text, score
+from lape_fast.study.evaluate import (
+    EvaluationText,
+    LanguageScore,
+    bits_per_byte,
+    evaluate_languages,
+    prepare_text,
+    score,
+)
 from lape_fast.study.matrix import AblationMatrix
 from lape_fast.study.plan import plan_study
 from lape_fast.study.recipe import Recipe, read_recipe
@@ -15,6 +22,7 @@ __all__ = [
     "Recipe",
     "ablate_neurons",
     "ablate_to_file",
+    "bits_per_byte",
     "evaluate_languages",
     "plan_study",
     "prepare_text",

@@ -183,8 +183,8 @@ class Base:
     def __post_init__(self) -> None:
         if self.hidden_size % (2 * self.heads):
             raise ConfigError(
-                f"`base.hidden_size` is {self.hidden_size}, which {self.heads} heads of an even size cannot share; give "
-                f"a multiple of {2 * self.heads}."
+                f"`base.hidden_size` is {self.hidden_size}, which {self.heads} heads of an even size cannot share; "
+                f"give a multiple of {2 * self.heads}."
             )
 
     @property

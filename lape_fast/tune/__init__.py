@@ -6,7 +6,7 @@ from lape_fast.tune.adapter import read_adapter_config, write_adapter
 from lape_fast.tune.base_model import BaseSize, train_base_model
 from lape_fast.tune.dense import DenseWeights
 from lape_fast.tune.flops import count_flops
-from lape_fast.tune.loading import adapter_kind, load_adapter, merge_adapter
+from lape_fast.tune.loading import adapter_kind, describe_adapter, load_adapter, merge_adapter
 from lape_fast.tune.methods import METHODS, Method, TuningConfig, parse_method
 from lape_fast.tune.optimizer import IndexedAdamW, Part
 from lape_fast.tune.planning import Plan, plan
@@ -34,6 +34,7 @@ __all__ = [
     "adapter_kind",
     "attach_subnetwork",
     "count_flops",
+    "describe_adapter",
     "load_adapter",
     "measured_peak",
     "merge_adapter",

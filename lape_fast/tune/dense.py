@@ -52,6 +52,9 @@ class Masters(nn.Module):
         super().__init__()
         # A submodule would put the whole base into every checkpoint.
         object.__setattr__(self, "model", model)
+        # From these the Trainer knows that the loss shifts its labels, and switches the cache off, with which a model
+        # would let the documents of a row see each other.
+        self.config, self.loss_type = model.config, model.loss_type
         model.requires_grad_(False)
         self.names = list(names)
         originals = [model.get_parameter(name).detach() for name in names]

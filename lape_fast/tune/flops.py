@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
 def count_flops(step: Callable[[], Any], *, attention: bool = True) -> int:
@@ -17,6 +16,9 @@ def count_flops(step: Callable[[], Any], *, attention: bool = True) -> int:
         >>> count_flops(lambda: a @ a.T)
         24
     """
+    # It imports Triton.
+    from torch.utils.flop_counter import FlopCounterMode
+
     # The counter knows neither the product that adds in place nor the CPU's attention.
     unknown_to_it = {
         torch.ops.aten.addmm_: _addmm_flops,
@@ -34,8 +36,12 @@ def _addmm_flops(total, left, right, *args, **kwargs) -> int:
 
 
 def _attention_flops(query, key, value, *args, **kwargs) -> int:
+    from torch.utils.flop_counter import sdpa_flop_count
+
     return sdpa_flop_count(query, key, value)
 
 
 def _attention_backward_flops(grad, query, key, value, *args, **kwargs) -> int:
+    from torch.utils.flop_counter import sdpa_backward_flop_count
+
     return sdpa_backward_flop_count(grad, query, key, value)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from lape_fast.errors import FileFormatError
 from lape_fast.files import read_json
 from lape_fast.models import dense_ffns, dequantise_model
 from lape_fast.tune import adapter, dense
-from lape_fast.tune.adapter import load_subnetwork, merge_subnetwork
+from lape_fast.tune.adapter import load_subnetwork, merge_subnetwork, read_adapter_config
 from lape_fast.tune.dense import DenseWeights, load_dense
 from lape_fast.tune.subnetwork import Subnetwork
 from lape_fast.tune.subnetwork_ffn import Policy, Storage
@@ -71,16 +72,30 @@ def merge_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     if adapter_kind(folder) == "subnetwork":
         return merge_subnetwork(model, folder)
     loaded = load_adapter(model, folder)
-    writable = adapter_kind(folder) == "dense"
-    if not writable:
-        loaded.detach(keep=False)
-        writable = all(ffn.writable for ffn in dense_ffns(model))
+    if adapter_kind(folder) == "peft":
         from lape_fast.tune.peft_adapter import put_peft
 
-        model = model if writable else dequantise_model(model)
+        # It was made for this base, but fits it in 16 bits too.
+        loaded.detach(keep=False)
+        model = model if dense_ffns(model)[0].writable else dequantise_model(model)
         loaded = put_peft(model, folder)
     loaded.detach(keep=True)
     return model
+
+
+def describe_adapter(folder: str | os.PathLike) -> dict[str, Any]:
+    """What an adapter folder says of itself, as JSON values.
+
+    Raises:
+        FileFormatError: it holds no adapter.
+    """
+    kind = adapter_kind(folder)
+    if kind == "subnetwork":
+        return read_adapter_config(folder)
+    config = read_json(Path(folder) / (dense.CONFIG_NAME if kind == "dense" else adapter.CONFIG_NAME))
+    if not isinstance(config, dict):
+        raise FileFormatError(f"{folder} does not describe its adapter; copy the adapter again.")
+    return config
 
 
 def adapter_kind(folder: str | os.PathLike) -> Literal["subnetwork", "dense", "peft"]:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lape_fast.errors import ConfigError
+from lape_fast.identify import NeuronSet
+from lape_fast.identify.counts import find_language
 from lape_fast.text import canonical
 
 PROJECTIONS = ("gate", "up", "down")
@@ -166,7 +168,8 @@ class TuningConfig:
 
     Raises:
         ConfigError: the method is unknown, or it needs neurons and there are none.
-        LanguageError: the language code is unknown.
+        LanguageError: the language code is unknown, or the neurons lack the language.
+        FileFormatError: the neuron file cannot be read.
 
     Example:
         >>> config = TuningConfig(method="lora:rank=8", language="mlt_Latn")
@@ -186,6 +189,10 @@ class TuningConfig:
                 f"The method {self.method} trains chosen neurons, but none were given; name a neuron file, such as "
                 "neurons.safetensors, or use ffn, full, lora or ia3."
             )
+        if self.method.needs_neurons:
+            neurons = self.neurons if isinstance(self.neurons, NeuronSet) else NeuronSet.load(self.neurons)
+            find_language(neurons.languages, self.language)
+            object.__setattr__(self, "neurons", neurons)
 
 
 def _as_text(value: Any) -> str:

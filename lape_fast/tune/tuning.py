@@ -14,6 +14,7 @@ from torch import nn
 from lape_fast.errors import CorpusError
 from lape_fast.files import atomic_folder, refuse_existing, write_json
 from lape_fast.identify import joined_world
+from lape_fast.models import dense_ffns
 from lape_fast.text import Corpus, canonical
 from lape_fast.tune.flops import count_flops
 from lape_fast.tune.methods import TuningConfig
@@ -90,6 +91,7 @@ def tune_language(
     undo: Callable[[], None] = lambda: None  # noqa: E731
     try:
         with joined_world() as world, measured_peak(model.device) as peak:
+            quantised = dense_ffns(model)[0].quantised
             run = prepare(model, config)
             undo = run.undo
             with run.cheap_loss():
@@ -107,7 +109,8 @@ def tune_language(
                 )
         with joined_world() as world:
             with run.cheap_loss():
-                flops = _flops_per_token(model, run.module, rows)
+                # Kernels of quantised weights hide theirs.
+                flops = None if quantised else _flops_per_token(run.module, rows)
             model.eval()
             memory = _memory_report(model, predicted, peak, COPIES * sum(map(_bytes, run.parts.values())))
             adapter = run.finish()
@@ -137,11 +140,10 @@ def tune_language(
     return adapter, report
 
 
-def _flops_per_token(model: nn.Module, module: nn.Module, rows: Rows) -> float | None:
-    """Of a forward and a backward pass over a real row; None where kernels of quantised weights hide theirs."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        return None
-    row = {name: value[None].to(model.device) for name, value in rows[0].items()}
+def _flops_per_token(module: nn.Module, rows: Rows) -> float:
+    """Of a forward and a backward pass over a real row."""
+    device = next(module.parameters()).device
+    row = {name: value[None].to(device) for name, value in rows[0].items()}
     flops = count_flops(lambda: module.train()(**row).loss.backward())
     module.zero_grad()
     return flops / row["input_ids"].numel()
@@ -166,7 +168,7 @@ def _memory_report(model: nn.Module, predicted: Plan | None, peak: dict[str, Any
         copies: bytes that the records of the run took on the CPU.
     """
     on_cpu = peak["kind"] != "allocated" and peak["bytes"] is not None
-    measured = {"measured": peak["kind"], "measured_bytes": peak["bytes"] - copies if on_cpu else peak["bytes"]}
+    measured = {"measured": peak["kind"], "measured_bytes": max(0, peak["bytes"] - copies) if on_cpu else peak["bytes"]}
     if predicted is None:
         return measured
     policy = installed_layers(model)[-1].policy

@@ -72,3 +72,21 @@ def training_log() -> list[dict]:
     losses = [{"step": step, "loss": 4 - step / 40, "learning_rate": 1e-3} for step in range(10, 81, 10)]
     validation = [{"step": step, "eval_loss": 3 + abs(step - 40) / 100} for step in (20, 40, 60, 80)]
     return [*losses, *validation, {"step": 80, "train_loss": 3.1}]
+
+
+def dynamics_records(number: int) -> list[dict]:
+    """What a training run records while ``number`` languages are measured, the first of which gains."""
+    records = [{"step": 0, "tokens": 0, "seconds": 0.0, "validation_loss": 4.0, "measured": _bits(number, 0)}]
+    for step in range(10, 81, 10):
+        norms = {"gate": 0.3, "up": 0.4, "down": 1.2, "total": 1.3}
+        record = {"step": step, "tokens": 512 * step, "seconds": step / 2, "learning_rate": 1e-3, "loss": 4 - step / 40}
+        record |= {name: {part: norm * 10 / step for part, norm in norms.items()} for name in NORMS}
+        records.append(record | ({} if step % 40 else {"validation_loss": 3.5, "measured": _bits(number, step)}))
+    return records
+
+
+NORMS = ("gradient_norm", "update_norm", "change_norm")
+
+
+def _bits(number: int, step: int) -> dict[str, float]:
+    return {code: 2 + step * (place - 1) / 1000 for place, code in enumerate(codes(number))}

@@ -22,9 +22,19 @@ from lape_fast.report import (
     neurons_by_layer,
     neurons_per_language,
     save_figure,
+    training_dynamics,
 )
 from lape_fast.report.canvas import house_style
-from tests.report.samples import LAYERS, ablation_matrix, codes, matrix_of, neuron_set, scores, training_log
+from tests.report.samples import (
+    LAYERS,
+    ablation_matrix,
+    codes,
+    dynamics_records,
+    matrix_of,
+    neuron_set,
+    scores,
+    training_log,
+)
 
 SIZES = (1, 24, 123)
 HOSTILE = '<script>alert("$x^$")</script>\n&\x00_Latn'
@@ -41,6 +51,7 @@ FIGURES = {
     "ablation_heatmap": lambda number: ablation_heatmap(ablation_matrix(number, number)),
     "language_change": _change,
     "learning_curve": lambda number: learning_curve(training_log(), f"Tuning {number} neurons"),
+    "training_dynamics": lambda number: training_dynamics(dynamics_records(number), "Maltese: lora", codes(1)[0]),
 }
 
 
@@ -275,3 +286,36 @@ def test_importing_costs_nothing_and_drawing_leaves_no_global_state():
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def _drawn(panel) -> dict[str, list[tuple[float, float]]]:
+    """The lines of a panel by their names in its legend."""
+    named = [line for line in panel.lines if not line.get_label().startswith("_")]
+    return {line.get_label(): [tuple(point) for point in line.get_xydata().tolist()] for line in named}
+
+
+def test_training_dynamics_draws_every_record():
+    records = dynamics_records(5)
+    loss, gradient, update, change = training_dynamics(records, "Maltese: lora", codes(1)[0]).axes
+    assert _drawn(loss) == {
+        name: [(record["step"], record[field]) for record in records if field in record]
+        for name, field in (("training", "loss"), ("validation", "validation_loss"))
+    }
+    for panel, field in ((gradient, "gradient_norm"), (update, "update_norm")):
+        drawn = _drawn(panel)
+        assert list(drawn) == ["gate", "up", "down", "total"]
+        for part, points in drawn.items():
+            assert points == [(record["step"], record[field][part]) for record in records if field in record]
+    # The target, whose place is 0, falls by 0.001 a step; the others rise by 0, 0.001, 0.002, 0.003.
+    target, others = _drawn(change).values()
+    assert target == [(0, 0), (40, pytest.approx(-0.04)), (80, pytest.approx(-0.08))]
+    assert others == [(0, 0), (40, pytest.approx(0.06)), (80, pytest.approx(0.12))]
+    band = change.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == pytest.approx(0) and band[:, 1].max() == pytest.approx(0.24)
+
+
+def test_training_dynamics_without_what_it_can_do_without():
+    records = [{"step": step, "tokens": 64 * step, "loss": 3.0} for step in (1, 2)]
+    assert "no other languages were measured" in _words(training_dynamics(records, "short"))
+    with pytest.raises(TrainingError, match="1 records and no loss"):
+        training_dynamics([{"step": 0, "tokens": 0}], "empty")
