@@ -110,16 +110,18 @@ def bootstrap_band(
         raise ShapeError(
             f"An interval needs a value of every language; it got {[len(each) for each in samples]} values."
         )
-    curves = [np.asarray(values, dtype=np.float64) for values in samples]  # [seeds, N] each
+    seeds = np.array([len(values) for values in samples])
+    curves = np.zeros((len(samples), seeds.max(), len(samples[0][0])))  # [languages, seeds, N]
+    for number, values in enumerate(samples):
+        curves[number, : len(values)] = values
     generator = np.random.Generator(np.random.PCG64(seed))
-    languages = generator.integers(len(curves), size=(draws, len(curves)))
-    means = np.zeros((draws, curves[0].shape[1]))
-    for place in languages.T:
-        for number, values in enumerate(curves):
-            chosen = np.flatnonzero(place == number)
-            drawn = generator.integers(len(values), size=(len(chosen), len(values)))
-            means[chosen] += values[drawn].mean(axis=1)
-    means /= len(curves)
+    means = np.zeros((draws, curves.shape[2]))
+    for language in generator.integers(len(samples), size=(len(samples), draws)):
+        held = seeds[language][:, None]
+        drawn = (generator.random((draws, seeds.max())) * held).astype(int)
+        weights = (np.arange(seeds.max()) < held) / held
+        means += np.einsum("ds,dsn->dn", weights, curves[language[:, None], drawn])
+    means /= len(samples)
     tail = (1 - level) / 2
     low, high = np.quantile(means, (tail, 1 - tail), axis=0)
-    return np.mean([values.mean(axis=0) for values in curves], axis=0), low, high
+    return np.mean([np.mean(values, axis=0) for values in samples], axis=0), low, high

@@ -63,15 +63,19 @@ def plan_study(recipe: Recipe, gpu: str | float | None = None) -> tuple[dict[str
 def _check_text(recipe: Recipe) -> str:
     """Looks for the languages of the recipe, unless that would need the network."""
     names = {recipe.text.corpus, recipe.text.evaluation_corpus or recipe.text.corpus}
-    remote = sorted(
-        name for name in names if not Path(name).exists() and (known_corpus(name) or "/" in name.strip("./"))
-    )
+    remote = sorted(name for name in names if not recipe.text.aligned and _is_remote(name))
     if remote:
         return f"{', '.join(remote)}: on the hub, looked at when the study starts"
     with tempfile.TemporaryDirectory() as folder:
         corpora = open_corpora(recipe, Path(folder))
         others = corpora.others()
     return f"{recipe.text.corpus}: every target is there, and change is measured in {len(others)} languages"
+
+
+def _is_remote(name: str) -> bool:
+    """Whether a corpus is named by a short name or an id of the hub."""
+    hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return not Path(name).exists() and (hub_id or known_corpus(name) is not None)
 
 
 def _config(recipe: Recipe) -> tuple[Any, str]:

@@ -351,8 +351,9 @@ def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
     for name in ("identify", "training"):
         if name in defaults and isinstance(given.get(name), Mapping):
             merged[name] = {**defaults[name], **given[name]}
-    if {"steps", "tokens"} <= set(merged.get("training") or ()) and "steps" in (given.get("training") or ()):
-        del merged["training"]["tokens"]
+            # Another length of a run.
+            if "steps" in given[name] and "tokens" not in given[name]:
+                merged[name].pop("tokens", None)
     return merged
 
 

@@ -20,7 +20,7 @@ PAPER = {
     "paper-aya-expanse-8b": ("CohereLabs/aya-expanse-8b", 32, 4096),
 }
 SMALLEST = {
-    "model": "some/model",
+    "base": {"steps": 4},
     "text": {"corpus": "cldr", "train": "1-10", "validation": "11-20", "test": "21-30"},
     "targets": ["mt", "isl_Latn"],
     "training": {"steps": 4},
@@ -77,10 +77,10 @@ def test_defaults_fill_what_a_recipe_leaves_out_and_codes_become_canonical():
         ({"text__train": "ten"}, "`text.train`: 'ten' is no range of lines"),
         ({"text__validation": "5-15"}, "`text.train` \\(1-10\\) and `text.validation` \\(5-15\\) overlap"),
         ({"text__test": "20-30"}, "overlap"),
-        ({"base": {"steps": 3}}, "either `model`, the base, or `base`"),
-        ({"model": None}, "either `model`, the base, or `base`"),
-        ({"model": None, "base": {"steps": 3, "hidden_size": 100, "heads": 3}}, "3 heads of an even size cannot share"),
-        ({"model": None, "base": {}}, "lacks `base.steps`"),
+        ({"model": "some/model"}, "either `model`, the base, or `base`"),
+        ({"base": None}, "either `model`, the base, or `base`"),
+        ({"base": {"steps": 3, "hidden_size": 100, "heads": 3}}, "3 heads of an even size cannot share"),
+        ({"base": {}}, "lacks `base.steps`"),
         ({"text": "cldr"}, "`text` is 'cldr'; write a mapping"),
         ({"evaluation__gain_shares": [1.5]}, "above 0 and at most 1"),
         ({"seeds": [1, 1]}, "`seeds` names 1 twice"),
