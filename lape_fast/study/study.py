@@ -25,6 +25,7 @@ import lape_fast
 from lape_fast.errors import ConfigError, TrainingError
 from lape_fast.files import read_json, write_json
 from lape_fast.identify import CountingSettings, NeuronSet, identify_neurons
+from lape_fast.identify.identification import NEURONS_NAME
 from lape_fast.models import load_model
 from lape_fast.progress import Advance, log, progress_bar
 from lape_fast.study.measuring import Corpora, Yardstick, open_corpora
@@ -40,6 +41,9 @@ LEVELS = {"gain_shares", "forgetting_levels"}
 
 # Of the training report, what a run keeps; of the records, what is drawn.
 REPORTED = ("trainable", "neurons", "flops_per_token", "tokens_per_second", "steps", "best_step", "seconds", "memory")
+# A method's own kernels may round otherwise than the base's; what a run before it left behind is more than this.
+SAME = 1e-4
+
 RECORDED = ("loss", "gradient_norm", "update_norm", "change_norm", "validation_loss")
 
 
@@ -168,9 +172,10 @@ def find_neurons(recipe: Recipe, corpora: Corpora, base: _Base, output: Path) ->
     Raises:
         ConfigError: a target has none.
     """
-    asked = recipe.identify
-    if asked.neurons:
-        neurons = NeuronSet.load(asked.neurons)
+    asked, found = recipe.identify, output / "identify" / NEURONS_NAME
+    # The folder's recipe vouches for what is found there already, wherever it was moved from.
+    if asked.neurons or found.exists():
+        neurons = NeuronSet.load(asked.neurons or found)
     else:
         languages = {ALL: None, TARGETS: recipe.targets}.get(asked.languages, asked.languages)
         settings = CountingSettings(
@@ -261,7 +266,7 @@ class _Study:
             if "measured" in record
         ]
         start, unchanged = points[0]["target"], self._before["validation_targets"][run.language]
-        if start != unchanged:
+        if abs(start - unchanged) > SAME * unchanged:
             raise TrainingError(
                 f"{run} began at {start} bits per byte, where the base has {unchanged}: the run before it left the "
                 "base changed; remove the folder of the run to try it again."
@@ -330,7 +335,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _rounded(value: Any, digits: int = 6) -> Any:
+def _rounded(value: Any, digits: int = 8) -> Any:
     """Floats to so many significant digits: what is kept in git need not hold noise."""
     if isinstance(value, Mapping):
         return {name: _rounded(each, digits) for name, each in value.items()}
