@@ -31,7 +31,7 @@ from lape_fast.progress import Advance, log, progress_bar
 from lape_fast.study.measuring import Corpora, Yardstick, open_corpora
 from lape_fast.study.recipe import ALL, TARGETS, Recipe
 from lape_fast.study.runs import DONE, Run, all_results, choose, count_runs, finished, perform, sweep
-from lape_fast.tune import TuningConfig, load_adapter, read_dynamics, train_base_model, tune_language
+from lape_fast.tune import TuningConfig, load_adapter, train_base_model, tune_language
 
 RECIPE_NAME, BASE_NAME, TEST_NAME, RESULTS_NAME = "recipe.json", "base.json", "test.json", "results.json"
 
@@ -251,6 +251,8 @@ class _Study:
 
     def _train(self, run: Run, folder: Path) -> dict[str, Any]:
         """Trains one run and measures it on the way; the adapter stays in its folder."""
+        from lape_fast.tune import read_dynamics
+
         adapter = folder / "adapter"
         if not adapter.exists():
             try:
