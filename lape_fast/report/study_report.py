@@ -173,7 +173,7 @@ def _setup(results: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     trained = (
         f" of {base['parameters']:,} parameters, trained for {base['steps']:,} steps with the targets "
         f"under-represented ({recipe['base']['target_share']:g} of their lines)"
-        if recipe["base"]
+        if "parameters" in base
         else ""
     )
     counts = ", ".join(f"{language_label(code)} {number:,}" for code, number in results["neurons"].items())
