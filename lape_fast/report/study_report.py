@@ -162,6 +162,7 @@ def _sections(results: Mapping[str, Any], summary: Mapping[str, Any], figures: M
         ),
         Section("Where it was forgotten", [], table=_scripts_table(summary)),
         Section("What a run costs", [], table=_costs_table(summary)),
+        *([Section("Tasks", [], table=_tasks_table(results))] if results["tasks"] else []),
         *([Section("Runs that failed", [], table=_failures_table(summary))] if summary["failed"] else []),
     ]
 
@@ -291,6 +292,19 @@ def _failures_table(summary: Mapping[str, Any]) -> Table:
         for each in summary["failed"]
     ]
     return Table("Each is left out of every figure above.", ["Run", "Status", "Error"], rows)
+
+
+def _tasks_table(results: Mapping[str, Any]) -> Table:
+    header = ["Task", "Language", "Metric", "Method", "Score", "Standard error", "Minus the base", "Documents"]
+    rows = []
+    for row in results["tasks"]:
+        if row["why"]:
+            cells = ["failed", row["adapter"], NONE, NONE, row["why"], NONE]
+        else:
+            numbers = [NONE if row[name] is None else f"{row[name]:.4g}" for name in ("value", "stderr", "difference")]
+            cells = [row["metric"], row["adapter"], *numbers, f"{row['n']:,}"]
+        rows.append([row["task"], language_label(row["language"]), *cells])
+    return Table("The base and the first seed of each method at its chosen learning rate.", header, rows)
 
 
 def _whole(value: float | None) -> str:

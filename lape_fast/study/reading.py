@@ -76,10 +76,10 @@ def one_of(choices: Sequence[str]) -> Reader:
     return read
 
 
-def each_of(read: Reader, *, empty: bool = False) -> Reader:
+def each_of(read: Reader) -> Reader:
     def read_all(value: Any, where: str) -> tuple:
-        if not isinstance(value, list) or not (value or empty):
-            raise ConfigError(f"`{where}` is {value!r}; write a list{'' if empty else ' with one value or more'}.")
+        if not isinstance(value, list) or not value:
+            raise ConfigError(f"`{where}` is {value!r}; write a list with one value or more.")
         found = tuple(read(each, f"{where}[{number}]") for number, each in enumerate(value))
         twice = sorted({str(each) for each in found if found.count(each) > 1})
         if twice:

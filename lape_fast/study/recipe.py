@@ -230,6 +230,17 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """Tasks of lm-evaluation-harness for the base and the chosen run of every method; see ``evaluate_tasks``."""
+
+    names: tuple[str, ...] = key(each_of(a_text))
+    folder: str | None = key(a_text, None)
+    limit: int | None = key(a_whole(1), None)
+    num_fewshot: int | None = key(a_whole(0), None)
+    batch_size: int = key(a_whole(1), 8)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything about a study.
 
@@ -246,7 +257,7 @@ class Recipe:
         methods: what is compared, as for ``lape-fast tune --method``.
         learning_rates: by method, those of methods that are not named under ``default``.
         seeds: the first runs every learning rate, and all of them the best.
-        tasks: tasks of lm-evaluation-harness for the chosen runs.
+        tasks: of lm-evaluation-harness, in each target language; None for none.
     """
 
     preset: str = key(one_of(tuple(PRESETS)), "corrected")
@@ -263,7 +274,7 @@ class Recipe:
     seeds: tuple[int, ...] = key(each_of(a_whole(0)), (0, 1, 2))
     training: Training = key(a_section(Training))
     evaluation: Evaluation = key(a_section(Evaluation), Evaluation())
-    tasks: tuple[str, ...] = key(each_of(a_text, empty=True), ())
+    tasks: Tasks | None = key(a_section(Tasks), None)
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.base is None):

@@ -109,3 +109,12 @@ def all_results(recipe: Recipe, runs: Path) -> Iterator[tuple[Run, dict[str, Any
                 result = finished(run, runs)
                 if result:
                     yield run, result, True
+
+
+def chosen_runs(recipe: Recipe, runs: Path, language: str) -> list[Run]:
+    """The run of every method whose adapter is kept: the first seed at the chosen learning rate."""
+    return [
+        run
+        for run, result, chosen in all_results(recipe, runs)
+        if chosen and result["status"] == DONE and (run.language, run.seed) == (language, recipe.seeds[0])
+    ]

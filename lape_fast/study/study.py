@@ -10,11 +10,13 @@ OUTPUT/results.json                 all of it in one file, from which the report
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,16 @@ from lape_fast.models import load_model
 from lape_fast.progress import Advance, log, progress_bar
 from lape_fast.study.measuring import Corpora, Yardstick, open_corpora
 from lape_fast.study.recipe import ALL, TARGETS, Recipe
-from lape_fast.study.runs import DONE, Run, all_results, choose, count_runs, finished, perform, sweep
+from lape_fast.study.runs import DONE, Run, all_results, choose, chosen_runs, count_runs, finished, perform, sweep
 from lape_fast.tune import TuningConfig, load_adapter, train_base_model, tune_language
 
-RECIPE_NAME, BASE_NAME, TEST_NAME, RESULTS_NAME = "recipe.json", "base.json", "test.json", "results.json"
+RECIPE_NAME, BASE_NAME, TEST_NAME, TASKS_NAME, RESULTS_NAME = (
+    "recipe.json",
+    "base.json",
+    "test.json",
+    "tasks.json",
+    "results.json",
+)
 
 # What may differ when a study goes on: more of it is run, or its report compares at other levels.
 MAY_CHANGE = {"preset", "architecture", "targets", "methods", "learning_rates", "seeds", "tasks"}
@@ -78,6 +86,7 @@ def run_study(recipe: Recipe, output: str | os.PathLike) -> dict[str, Any]:
         for language in recipe.targets:
             for method in recipe.methods:
                 study.compare(language, method)
+            study.evaluate_tasks(language)
             # After every language, so that a long study can be reported on before its end.
             write_json(output / RESULTS_NAME, collect_results(recipe, neurons, output))
     return read_json(output / RESULTS_NAME)
@@ -231,6 +240,39 @@ class _Study:
                 self._test(run)
                 self._remove_adapter(run)
 
+    def evaluate_tasks(self, language: str) -> None:
+        """Measures the base and the chosen run of every method on the recipe's tasks, once."""
+        asked = self._recipe.tasks
+        if asked is None:
+            return
+        from lape_fast.study.tasks import evaluate_tasks
+
+        path = self._runs / language / TASKS_NAME
+        methods = {
+            run.folder(self._runs) / "adapter": run.method for run in chosen_runs(self._recipe, self._runs, language)
+        }
+        setting = {
+            "tasks": asdict(asked),
+            "methods": list(methods.values()),
+            "runs": [each.parent.name for each in methods],
+        }
+        if path.exists() and read_json(path)["setting"] == json.loads(json.dumps(setting)):
+            return
+        results = evaluate_tasks(
+            self._base.model,
+            self._base.tokenizer,
+            asked.names,
+            [language],
+            adapters=list(methods),
+            include_path=asked.folder,
+            limit=asked.limit,
+            num_fewshot=asked.num_fewshot,
+            batch_size=asked.batch_size,
+        ).to_json()
+        named = {str(folder): method for folder, method in methods.items()}
+        rows = [{**row, "language": language, "adapter": named.get(row["adapter"], "base")} for row in results["rows"]]
+        write_json(path, {"setting": setting, "rows": rows})
+
     def _result(self, run: Run) -> dict[str, Any]:
         found = finished(run, self._runs)
         result = found or perform(run, self._runs, self._train)
@@ -311,6 +353,7 @@ def collect_results(recipe: Recipe, neurons: NeuronSet, output: str | os.PathLik
     for run, result, chosen in all_results(recipe, output / "runs"):
         tested = run.folder(output / "runs") / TEST_NAME
         runs.append({**result, "test": read_json(tested)} if chosen and tested.exists() else result)
+    tasks = [output / "runs" / language / TASKS_NAME for language in recipe.targets]
     trained = output / "base-training.json"
     report = read_json(trained) if trained.exists() else {}
     return {
@@ -321,6 +364,7 @@ def collect_results(recipe: Recipe, neurons: NeuronSet, output: str | os.PathLik
         "neurons_total": neurons.layers * neurons.neurons_per_layer,
         "before": read_json(output / BASE_NAME),
         "runs": _rounded(runs),
+        "tasks": [row for path in tasks if path.exists() for row in read_json(path)["rows"]],
     }
 
 

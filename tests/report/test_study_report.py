@@ -93,6 +93,7 @@ def results(methods=("subnetwork", "lora"), failed=()) -> dict:
         "neurons_total": 100,
         "before": before,
         "runs": runs,
+        "tasks": [],
     }
 
 
@@ -192,6 +193,29 @@ def test_failed_runs_are_rows_and_their_errors_are_escaped(folder):
     assert summary["methods"]["full"]["gain"] is None
     assert "kat_Geor full at 0.01, seed 0" in page
     assert "&lt;20 GiB &amp; more&gt;" in page
+
+
+def test_tasks_are_rows_and_so_are_those_that_failed(folder):
+    row = {
+        "task": "letters",
+        "language": "mlt_Latn",
+        "adapter": "lora",
+        "metric": "acc",
+        "value": 0.4375,
+        "stderr": 0.1,
+    }
+    scored = {**row, "n": 16, "difference": 0.125, "difference_stderr": 0.05, "why": None}
+    failed = {
+        **dict.fromkeys(scored),
+        "task": "far",
+        "language": "mlt_Latn",
+        "adapter": "base",
+        "why": "It is offline.",
+    }
+    (folder / "results.json").write_text(json.dumps(results() | {"tasks": [scored, failed]}))
+    report_study(folder)
+    page = (folder / "report.html").read_text()
+    assert "0.4375" in page and "0.125" in page and "It is offline." in page
 
 
 def test_a_study_that_is_not_over_can_be_reported_on(tmp_path):

@@ -194,6 +194,40 @@ def test_a_method_that_fails_is_a_row_and_the_others_run_on_a_whole_base(undistu
     assert timeless(by_method["full"]) == timeless(full)
 
 
+def test_tasks_measure_the_base_and_the_chosen_run_of_every_method_once(undisturbed, tmp_path):
+    pytest.importorskip("lape_fast.study.tasks")
+    pytest.importorskip("lm_eval")
+    output, tasks = tmp_path / "out", tmp_path / "tasks"
+    shutil.copytree(undisturbed, output)
+    tasks.mkdir()
+    questions = [{"question": f"{number} =", "choices": ["one", "two"], "answer": number % 2} for number in range(6)]
+    (tasks / "questions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions))
+    task = {
+        "task": "letters",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tasks / "questions.jsonl")},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tasks / "letters.yaml").write_text(json.dumps(task))
+    asked = tiny(tasks={"names": ["letters", "unheard_of"], "folder": str(tasks)})
+    rows = run_study(asked, output)["tasks"]
+    scored = [row for row in rows if row["task"] == "letters"]
+    assert [row["adapter"] for row in scored] == ["base", "subnetwork", "full"]
+    assert all(row["n"] == 6 and 0 <= row["value"] <= 1 for row in scored)
+    assert all("unheard_of" in row["why"] for row in rows if row["task"] == "unheard_of")
+    written = (output / "runs" / "mlt_Latn" / "tasks.json").stat().st_mtime_ns
+    run_study(asked, output)
+    assert (output / "runs" / "mlt_Latn" / "tasks.json").stat().st_mtime_ns == written
+
+
 def test_the_run_whose_best_measurement_is_the_lowest_is_chosen():
     """It need not be the one that ends lowest, nor may a failed one be chosen."""
     runs = [
