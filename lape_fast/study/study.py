@@ -248,15 +248,11 @@ class _Study:
         from lape_fast.study.tasks import evaluate_tasks
 
         path = self._runs / language / TASKS_NAME
-        methods = {
-            run.folder(self._runs) / "adapter": run.method for run in chosen_runs(self._recipe, self._runs, language)
-        }
-        setting = {
-            "tasks": asdict(asked),
-            "methods": list(methods.values()),
-            "runs": [each.parent.name for each in methods],
-        }
-        if path.exists() and read_json(path)["setting"] == json.loads(json.dumps(setting)):
+        chosen = chosen_runs(self._recipe, self._runs, language)
+        methods = {str(run.folder(self._runs) / "adapter"): run.method for run in chosen}
+        # As JSON has them, so that they can be compared with what is written.
+        setting = json.loads(json.dumps({"tasks": asdict(asked), "runs": [asdict(run) for run in chosen]}))
+        if path.exists() and read_json(path)["setting"] == setting:
             return
         results = evaluate_tasks(
             self._base.model,
@@ -269,8 +265,9 @@ class _Study:
             num_fewshot=asked.num_fewshot,
             batch_size=asked.batch_size,
         ).to_json()
-        named = {str(folder): method for folder, method in methods.items()}
-        rows = [{**row, "language": language, "adapter": named.get(row["adapter"], "base")} for row in results["rows"]]
+        rows = [
+            {**row, "language": language, "adapter": methods.get(row["adapter"], "base")} for row in results["rows"]
+        ]
         write_json(path, {"setting": setting, "rows": rows})
 
     def _result(self, run: Run) -> dict[str, Any]:
