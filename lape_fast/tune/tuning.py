@@ -90,24 +90,24 @@ def tune_language(
     workspace = output.with_name(f"{output.name}.checkpoints")
     undo: Callable[[], None] = lambda: None  # noqa: E731
     try:
-        with joined_world() as world, measured_peak(model.device) as peak:
-            quantised = dense_ffns(model)[0].quantised
-            run = prepare(model, config)
-            undo = run.undo
-            with run.cheap_loss():
-                predicted = run.subnetwork and _predicted_memory(model, run, settings)
-                report = train(
-                    run.module.train(),
-                    rows,
-                    workspace,
-                    settings,
-                    identity=run.identity,
-                    validation=held_out,
-                    optimizer=run.optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay),
-                    description=f"tuning {language}",
-                    watched=Watched(model, run.parts, run.held, measure),
-                )
         with joined_world() as world:
+            with measured_peak(model.device) as peak:
+                quantised = dense_ffns(model)[0].quantised
+                run = prepare(model, config)
+                undo = run.undo
+                with run.cheap_loss():
+                    predicted = run.subnetwork and _predicted_memory(model, run, settings)
+                    report = train(
+                        run.module.train(),
+                        rows,
+                        workspace,
+                        settings,
+                        identity=run.identity,
+                        validation=held_out,
+                        optimizer=run.optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay),
+                        description=f"tuning {language}",
+                        watched=Watched(model, run.parts, run.held, measure),
+                    )
             with run.cheap_loss():
                 # Kernels of quantised weights hide theirs.
                 flops = None if quantised else _flops_per_token(run.module, rows)
