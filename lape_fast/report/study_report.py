@@ -186,7 +186,9 @@ def _setup(results: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
         f"Neurons by the rule {recipe['identify']['rule']}, of {results['neurons_total']:,}: {counts}.",
         f"Change elsewhere is measured in {len(results['before']['test_others']):,} languages. {done} runs "
         f"succeeded and {failed} failed, on {machine['device']} with {machine['threads']} threads, torch "
-        f"{machine['torch']}.",
+        f"{machine['torch']}. In seconds of processor time: "
+        + ", ".join(f"{name} {seconds:,.0f}" for name, seconds in summary["processor_seconds"].items())
+        + ".",
     ]
 
 

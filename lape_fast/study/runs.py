@@ -72,7 +72,7 @@ def perform(run: Run, runs: Path, train: Callable[[Run, Path], dict[str, Any]]) 
     """
     folder = run.folder(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    wall, processor = time.perf_counter(), time.process_time()
+    watch = Stopwatch()
     try:
         result = {"status": DONE, **train(run, folder)}
     # What a method may raise has no end, and none of it may end the others.
@@ -82,10 +82,21 @@ def perform(run: Run, runs: Path, train: Callable[[Run, Path], dict[str, Any]]) 
         shutil.rmtree(folder)
         folder.mkdir()
         result = {"status": status_of(error), "error": f"{type(error).__name__}: {error}"}
-    spent = {"wall_seconds": time.perf_counter() - wall, "processor_seconds": time.process_time() - processor}
-    result = {**asdict(run), **result, **{name: round(seconds, 1) for name, seconds in spent.items()}}
+    result = {**asdict(run), **result, **watch.spent()}
     write_json(folder / RESULT_NAME, result)
     return result
+
+
+class Stopwatch:
+    """The time since it was made, on the clock and of all threads on processors."""
+
+    def __init__(self) -> None:
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def spent(self) -> dict[str, float]:
+        """``wall_seconds`` and ``processor_seconds``."""
+        wall, processor = time.perf_counter() - self._wall, time.process_time() - self._processor
+        return {"wall_seconds": round(wall, 1), "processor_seconds": round(processor, 1)}
 
 
 def status_of(error: Exception) -> str:

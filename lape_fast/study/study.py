@@ -32,7 +32,18 @@ from lape_fast.models import load_model
 from lape_fast.progress import Advance, log, progress_bar
 from lape_fast.study.measuring import Corpora, Yardstick, open_corpora
 from lape_fast.study.recipe import ALL, TARGETS, Recipe
-from lape_fast.study.runs import DONE, Run, all_results, choose, chosen_runs, count_runs, finished, perform, sweep
+from lape_fast.study.runs import (
+    DONE,
+    Run,
+    Stopwatch,
+    all_results,
+    choose,
+    chosen_runs,
+    count_runs,
+    finished,
+    perform,
+    sweep,
+)
 from lape_fast.tune import TuningConfig, load_adapter, train_base_model, tune_language
 
 RECIPE_NAME, BASE_NAME, TEST_NAME, TASKS_NAME, RESULTS_NAME = (
@@ -168,9 +179,9 @@ def train_base(recipe: Recipe, corpora: Corpora, output: Path) -> Path:
             texts = list(corpus.documents(language))
             share = recipe.base.target_share if language in rare else 1.0
             documents[language] = texts[: max(1, int(share * len(texts)))]
-        processor = time.process_time()
+        watch = Stopwatch()
         report = train_base_model(documents, path, recipe.base.size, recipe.base.settings, workspace)
-        write_json(output / "base-training.json", {**report, "processor_seconds": time.process_time() - processor})
+        write_json(output / "base-training.json", {**report, **watch.spent()})
     shutil.rmtree(workspace, ignore_errors=True)
     return path
 
@@ -335,7 +346,9 @@ class _Study:
         if not path.exists():
             loaded = load_adapter(self._base.model, run.folder(self._runs) / "adapter")
             try:
-                write_json(path, self._base.yardstick.test(self._base.model, self._before, run.language))
+                watch = Stopwatch()
+                measured = self._base.yardstick.test(self._base.model, self._before, run.language)
+                write_json(path, {**measured, **watch.spent()})
             finally:
                 loaded.detach(keep=False)
 

@@ -73,7 +73,7 @@ def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
         lines, and on the validation lines its forgetting at equal gain (``at_gain``) and its gain at equal forgetting
         (``at_forgetting``), each a mean with the ends of its interval; ``against_subnetwork``: the paired differences;
         ``curves``: gain over forgetting, averaged and by language; ``sweep``: both by learning rate; ``dynamics``: over
-        tokens; ``changes``: how far weights moved; ``scripts``: forgetting by script; ``failed``.
+        tokens; ``changes``: how far weights moved; ``scripts``: forgetting by script; ``processor_seconds``; ``failed``.
 
     Example:
         >>> summarise(read_json("results.json"))["methods"]["subnetwork"]["gain"]
@@ -140,6 +140,7 @@ def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
         "dynamics": {method: _dynamics(found, method) for method in found.methods},
         "changes": {method: _changes(found, method) for method in found.methods},
         "scripts": _scripts(found),
+        "processor_seconds": _processor_seconds(results),
         "failed": [
             {name: run[name] for name in ("language", "method", "learning_rate", "seed", "status", "error")}
             for run in found.failed
@@ -245,6 +246,16 @@ def _curves(found: Results, fronts: Mapping[str, Mapping[str, Mapping[int, Front
         for language in found.languages
     }
     return _rounded({"grid": grid.tolist(), "averaged": averaged, "by_language": by_language})
+
+
+def _processor_seconds(results: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of processor time, of all threads: of the base, if it was trained here, the runs and their tests."""
+    tests = [run["test"] for run in results["runs"] if "test" in run]
+    return {
+        "base": round(results["base"].get("processor_seconds", 0.0), 1),
+        "runs": round(sum(run["processor_seconds"] for run in results["runs"]), 1),
+        "tests": round(sum(test["processor_seconds"] for test in tests), 1),
+    }
 
 
 def _sweep(found: Results) -> dict[str, list[dict[str, Any]]]:

@@ -54,7 +54,7 @@ def one_run(language: str, method: str, rate: float, seed: int) -> dict:
     if rate == 1e-2:
         rise = end / PRICE[method]
         bits = {"eng_Latn": 2.0 + rise, "rus_Cyrl": 2.0 + 2 * rise, "ita_Latn": 2.0}
-        run["test"] = {"target": 3.5 - end, "elsewhere": rise, "others": bits}
+        run["test"] = {"target": 3.5 - end, "elsewhere": rise, "others": bits, "processor_seconds": 3.0}
     return run
 
 
@@ -78,7 +78,14 @@ def results(methods=("subnetwork", "lora"), failed=()) -> dict:
             runs += [one_run(language, method, rate, 0) for rate in RATES] + [one_run(language, method, 1e-2, 1)]
         for method in failed:
             chosen = {"language": language, "method": method, "learning_rate": 1e-2, "seed": 0}
-            runs.append({**chosen, "status": "out of memory", "error": "OutOfMemoryError: <20 GiB & more>"})
+            runs.append(
+                {
+                    **chosen,
+                    "status": "out of memory",
+                    "error": "OutOfMemoryError: <20 GiB & more>",
+                    "processor_seconds": 1.0,
+                }
+            )
     before = {
         "validation_targets": dict.fromkeys(LANGUAGES, 3.0),
         "validation_others": dict.fromkeys([*LANGUAGES, *OTHERS], 2.0),
@@ -184,6 +191,11 @@ def test_the_page_is_complete_in_itself_and_tells_what_the_files_beside_it_hold(
     assert float(rows["subnetwork"]["gain, low"]) == gain["low"]
     # Formulas in labels would be drawn as text.
     assert "mathdefault" not in page
+
+
+def test_the_time_of_everything_is_told(folder):
+    # 12 runs of 2 s and 2 of 1 s, 8 tests of 3 s.
+    assert report_study(folder)["processor_seconds"] == {"base": 0.0, "runs": 26.0, "tests": 24.0}
 
 
 def test_failed_runs_are_rows_and_their_errors_are_escaped(folder):
