@@ -73,7 +73,8 @@ def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
         lines, and on the validation lines its forgetting at equal gain (``at_gain``) and its gain at equal forgetting
         (``at_forgetting``), each a mean with the ends of its interval; ``against_subnetwork``: the paired differences;
         ``curves``: gain over forgetting, averaged and by language; ``sweep``: both by learning rate; ``dynamics``: over
-        tokens; ``changes``: how far weights moved; ``scripts``: forgetting by script; ``processor_seconds``; ``failed``.
+        tokens; ``changes``: how far weights moved; ``scripts``: forgetting by script; ``processor_seconds``;
+        ``failed``.
 
     Example:
         >>> summarise(read_json("results.json"))["methods"]["subnetwork"]["gain"]
@@ -149,16 +150,12 @@ def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _values(fronts: Mapping[str, Mapping[int, Frontier]], read) -> dict[str, dict[int, float]]:
-    """What is read off every language's and seed's frontier; those that do not reach the level are left out."""
+    """What is read off every frontier, for the languages in which every seed reaches the level."""
     found = {
         language: {seed: read(language, front) for seed, front in by_seed.items()}
         for language, by_seed in fronts.items()
     }
-    reached = {
-        language: {seed: value for seed, value in by_seed.items() if value is not None}
-        for language, by_seed in found.items()
-    }
-    return {language: by_seed for language, by_seed in reached.items() if by_seed}
+    return {language: by_seed for language, by_seed in found.items() if None not in by_seed.values()}
 
 
 def _differences(
