@@ -26,7 +26,7 @@ STYLES = (
 )
 WIDTH, HEIGHT = 2.9, 2.2
 LEFT, GAP, BOTTOM, ABOVE = 0.62, 0.72, 0.55, 0.3
-LEGEND_ROW, LEGEND_COLUMNS = 0.2, 4
+LEGEND_ROW, LEGEND_WIDTH = 0.2, 1.45
 GAIN, FORGETTING = "Gain of the target (bits per byte)", "Mean rise elsewhere (bits per byte)"
 
 
@@ -151,10 +151,11 @@ def _panels(
 
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    legend_columns = min(LEGEND_COLUMNS, len(methods))
+    inches = columns * width + (columns - 1) * GAP
+    legend_columns = min(len(methods), max(1, int(inches / LEGEND_WIDTH)))
     top = 0.35 + LEGEND_ROW * -(-len(methods) // legend_columns)
     full = (
-        LEFT + columns * width + (columns - 1) * GAP + 2 * MARGIN,
+        LEFT + inches + 2 * MARGIN,
         top + rows * (ABOVE + height + BOTTOM) + MARGIN,
     )
     figure = Figure(figsize=full)

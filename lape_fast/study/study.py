@@ -362,7 +362,8 @@ def collect_results(recipe: Recipe, neurons: NeuronSet, output: str | os.PathLik
     runs = []
     for run, result, chosen in all_results(recipe, output / "runs"):
         tested = run.folder(output / "runs") / TEST_NAME
-        runs.append({**result, "test": read_json(tested)} if chosen and tested.exists() else result)
+        test = {"test": read_json(tested)} if chosen and tested.exists() else {}
+        runs.append({**_condensed(result), **test})
     tasks = [output / "runs" / language / TASKS_NAME for language in recipe.targets]
     trained = output / "base-training.json"
     report = read_json(trained) if trained.exists() else {}
@@ -376,6 +377,16 @@ def collect_results(recipe: Recipe, neurons: NeuronSet, output: str | os.PathLik
         "runs": _rounded(runs),
         "tasks": [row for path in tasks if path.exists() for row in read_json(path)["rows"]],
     }
+
+
+def _condensed(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A run without what is not drawn: of its records the loss and the gradient's norm, of the changes the last."""
+    trained = [record for record in result.get("records", []) if "loss" in record]
+    records = [
+        {"step": record["step"], "loss": record["loss"], "gradient_norm": record["gradient_norm"]["total"]}
+        for record in trained
+    ]
+    return {**result, "records": records, "change_norm": trained[-1]["change_norm"] if trained else {}}
 
 
 def machine() -> dict[str, Any]:

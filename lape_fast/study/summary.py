@@ -284,9 +284,8 @@ def _dynamics(found: Results, method: str) -> dict[str, list[dict[str, float]]]:
             measured.setdefault(point["tokens"], []).append(pair)
         per_step = run["points"][-1]["tokens"] // max(1, run["points"][-1]["step"])
         for record in run["records"]:
-            if "loss" in record:
-                pair = (record["loss"], record["gradient_norm"]["total"])
-                trained.setdefault(record["step"] * per_step, []).append(pair)
+            pair = (record["loss"], record["gradient_norm"])
+            trained.setdefault(record["step"] * per_step, []).append(pair)
 
     def means(by_tokens: Mapping[int, list[tuple[float, float]]], *names: str) -> list[dict[str, float]]:
         # Where one language stopped earlier, the mean would jump.
@@ -305,8 +304,7 @@ def _changes(found: Results, method: str) -> dict[str, float]:
     """The norm of the change of the trained values at the end, by projection, as a mean over chosen runs."""
     norms: dict[str, list[float]] = {}
     for run in found.chosen(method):
-        ends = [record["change_norm"] for record in run["records"] if "change_norm" in record]
-        for name, norm in (ends[-1] if ends else {}).items():
+        for name, norm in run["change_norm"].items():
             norms.setdefault(name, []).append(norm)
     return _rounded({name: fmean(values) for name, values in norms.items()})
 

@@ -31,7 +31,7 @@ def one_run(language: str, method: str, rate: float, seed: int) -> dict:
         for step in (0, 2, 4)
     ]
     norms = {"gate": 0.3, "up": 0.4, "total": 0.5}
-    records = [{"step": step, "loss": 5.0 - step, "gradient_norm": norms, "change_norm": norms} for step in (2, 4)]
+    records = [{"step": step, "loss": 5.0 - step, "gradient_norm": 0.5} for step in (2, 4)]
     run = {
         "language": language,
         "method": method,
@@ -50,6 +50,7 @@ def one_run(language: str, method: str, rate: float, seed: int) -> dict:
         "processor_seconds": 2.0,
         "points": points,
         "records": records,
+        "change_norm": norms,
     }
     if rate == 1e-2:
         rise = end / PRICE[method]
