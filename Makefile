@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-browser chromium lint format setup bench gpu tables maltese rules languages clean
+.PHONY: demo test test-browser chromium lint format setup bench gpu tables maltese rules languages study clean
 
 demo: setup
 	$(BIN)/lape-fast demo
@@ -68,6 +68,11 @@ rules: setup
 languages: setup
 	$(BIN)/python -m benchmarks.languages --model $(MALTESE)/base --corpus $(CORPUS) \
 	  --workspace build/languages --json benchmarks/results/cpu/languages.json
+
+# The methods on equal footing: a base of its own, seven methods, four languages. Goes on where it was stopped.
+study: setup
+	$(BIN)/lape-fast study recipes/small.yaml --corpus $(CORPUS) --output build/study-small \
+	  --report benchmarks/results/study
 
 setup: $(VENV)/.built
 

@@ -349,6 +349,30 @@ def print_plan(plan, as_json: bool) -> None:
     Console().print(plan.summary(), highlight=False, markup=False, soft_wrap=True)
 
 
+def print_study_plan(name: Any, facts: dict[str, Any], plan, as_json: bool) -> None:
+    """Prints what a study would run, and the memory plan of its subnetwork runs if there is one."""
+    if as_json:
+        print_json({**facts, "memory": plan.to_dict()} if plan else facts)
+        return
+    print_facts(name, facts, False)
+    if plan:
+        print_plan(plan, False)
+
+
+def print_study(summary: dict[str, Any], table: tuple[list[str], list[list[str]]], folder: Any, as_json: bool) -> None:
+    """Prints the summary table of a study and what it says."""
+    if as_json:
+        print_json(summary)
+        return
+    header, rows = table
+    printed = new_table(*header)
+    for row in rows:
+        printed.add_row(*row)
+    _print_whole(printed)
+    sentences = [*summary["verdict"], f"Wrote {folder}/report.html."]
+    Console().print("\n".join(sentences), highlight=False, markup=False, soft_wrap=True)
+
+
 def _corpus_in_words(corpus: dict[str, Any]) -> str:
     # Lines 1- are all of them.
     lines = f", lines {corpus['lines']}" if corpus["lines"] != "1-" else ""

@@ -60,6 +60,7 @@ COMMANDS = (
     analyses.align,
     analyses.weights,
     analyses.steer,
+    study.study,
     tune.merge,
     publish.publish,
     atlas.atlas,

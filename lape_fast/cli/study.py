@@ -29,11 +29,12 @@ from lape_fast.cli.options import (
     Tasks,
     TextColumn,
     load,
+    number_or_name,
     open_text,
     split_codes,
 )
 from lape_fast.errors import ConfigError
-from lape_fast.terminal import print_ablation, print_scores
+from lape_fast.terminal import print_ablation, print_scores, print_study, print_study_plan
 
 
 def evaluate(
@@ -139,3 +140,54 @@ def ablate(
         if not path.exists():
             write(path)
     print_ablation(matrix, as_json)
+
+
+def study(
+    recipe: Annotated[Path, typer.Argument(help="YAML file, such as those in recipes/.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder of the study; the same command goes on with what is there.")
+    ] = None,
+    corpus: Annotated[str | None, typer.Option("--corpus", help="Folder of text in the place of the recipe's.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="paper or corrected, in the place of the recipe's.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Folder of results and report; --output by default.")
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Run nothing; make the report again from the results that are there.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the recipe and print what it would run; load no weight.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="With --dry-run: a GPU by name, or its GiB; by default this machine's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods, languages, learning rates and seeds on one base, and write one report.
+
+    Writes results.json, from which everything else is made: summary.json, summary.csv, report.html and figures. A run
+    that fails is a row that says so; an interrupted study goes on.
+
+    Example: lape-fast study recipes/small.yaml --corpus texts/ --output out/study
+    """
+    from lape_fast.files import write_bytes
+    from lape_fast.report import report_study, summary_table
+    from lape_fast.study import plan_study, read_recipe, run_study
+
+    asked = read_recipe(recipe, preset).with_corpus(corpus)
+    if dry_run:
+        print_study_plan(recipe, *plan_study(asked, number_or_name(gpu)), as_json)
+        return
+    folder = report or output
+    if folder is None:
+        raise ConfigError("study needs --output, the folder that it works in; --dry-run writes nothing.")
+    if not report_only:
+        if output is None:
+            raise ConfigError("study needs --output beside --report, or --report-only.")
+        run_study(asked, output)
+        if folder != output:
+            write_bytes(folder / "results.json", (output / "results.json").read_bytes())
+    summary = report_study(folder)
+    print_study(summary, summary_table(summary), folder, as_json)

@@ -14,6 +14,7 @@ from lape_fast.report.figures import (
     save_figure,
 )
 from lape_fast.report.page import Picture, Section, Table, render_report
+from lape_fast.report.study_report import report_study, summary_table
 
 __all__ = [
     "Picture",
@@ -29,8 +30,10 @@ __all__ = [
     "neurons_per_language",
     "render_atlas",
     "render_report",
+    "report_study",
     "save_figure",
     "steered_languages",
+    "summary_table",
     "training_dynamics",
     "weight_change_map",
 ]

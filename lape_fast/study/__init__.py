@@ -12,8 +12,12 @@ from lape_fast.study.evaluate import (
 )
 from lape_fast.study.language_identifier import LanguageIdentifier, train_identifier
 from lape_fast.study.matrix import AblationMatrix
+from lape_fast.study.plan import plan_study
+from lape_fast.study.recipe import Recipe, read_recipe
 from lape_fast.study.steer import Steering, force_language, mean_activations, steered
+from lape_fast.study.study import run_study
 from lape_fast.study.suites import SUITES, expand_tasks
+from lape_fast.study.summary import summarise
 from lape_fast.study.task_results import TaskResults, TaskRow
 from lape_fast.study.tasks import evaluate_tasks
 from lape_fast.study.weight_change import WeightChange, effective_rank, measure_weight_change
@@ -24,6 +28,7 @@ __all__ = [
     "EvaluationText",
     "LanguageIdentifier",
     "LanguageScore",
+    "Recipe",
     "SUITES",
     "Steering",
     "TaskResults",
@@ -41,9 +46,13 @@ __all__ = [
     "linear_cka",
     "mean_activations",
     "measure_weight_change",
+    "plan_study",
     "prepare_text",
+    "read_recipe",
+    "run_study",
     "score",
     "silenced",
     "steered",
+    "summarise",
     "train_identifier",
 ]
