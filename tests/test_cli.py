@@ -38,6 +38,7 @@ COMMANDS = [
     "align",
     "weights",
     "steer",
+    "study",
     "merge",
     "publish",
     "atlas",

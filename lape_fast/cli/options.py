@@ -201,11 +201,3 @@ def note_counting(counts, finished: bool) -> None:
         note(f"{speed['tokens_per_s']:,.0f} tokens/s; {waited}.")
     for skipped in counts.metadata["skipped_files"]:
         note(f"Skipped: {skipped}")
-
-
-def number_or_name(gpu: str | None) -> float | str | None:
-    """A GPU as ``plan`` takes it: its GiB, or its name."""
-    try:
-        return None if gpu is None else float(gpu)
-    except ValueError:
-        return gpu
