@@ -28,6 +28,7 @@ from lape_fast.report import (
     language_change,
     learning_curve,
     neurons_by_layer,
+    render_atlas,
     render_report,
     save_figure,
 )
@@ -143,6 +144,7 @@ def run_demo(output: str | os.PathLike, language: str = "mlt_Latn", *, quiet: bo
     stage("Drawing the report")
     summary["seconds"] = time.perf_counter() - started
     _report(output, summary, neurons, matrix, before, after, logs)
+    render_atlas(output / "atlas.html", neurons, counts, ablation=matrix, title="lape_fast demo: language neurons")
     write_json(finished, summary)
     _print_summary(console, summary, output)
     return summary
@@ -347,4 +349,7 @@ def _print_summary(console: Console, summary: dict[str, Any], output: Path) -> N
         f"Counted {everything['languages']} languages at {everything['tokens_per_second']:,.0f} tokens per second. "
         f"{RULE_REASON}"
     )
-    console.print(f"Took {summary['seconds'] / 60:.1f} minutes. The report: {output / 'report.html'}")
+    console.print(
+        f"Took {summary['seconds'] / 60:.1f} minutes. The report: {output / 'report.html'}; to look around: "
+        f"{output / 'atlas.html'}"
+    )

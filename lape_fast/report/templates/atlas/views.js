@@ -42,6 +42,8 @@ function viewLayers(state) {
           rows: rows.map((place) => languages[place].name),
           columns: layers.map(String),
           columnTitle: "Layer",
+          // A small model's few layers are not a sliver.
+          cell: [Math.max(15, Math.min(44, 480 / header.layers)), 15],
           value: (row, layer) => languages[rows[row]].per_layer[layer] || null,
           colour,
           describe: (row, layer) =>
