@@ -43,6 +43,10 @@ TRAINING = {
 }
 
 
+# Folders of results that are of no GPU.
+NO_GPU = ("cpu", "static", "study")
+
+
 def counting_table(results: Path) -> str:
     """What counting costs on the CPU."""
     lines = [
@@ -99,7 +103,7 @@ def shown_value(text: str, reached: bool) -> str:
 def gpu_results(results: Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Of each GPU: the facts of its machine, and the rows of all stages, at the models' true sizes."""
     found = []
-    for folder in sorted(path for path in results.iterdir() if path.is_dir() and path.name != "cpu"):
+    for folder in sorted(path for path in results.iterdir() if path.is_dir() and path.name not in NO_GPU):
         paths = [folder / f"{name}.json" for name in STAGES]
         stages = [stage for stage in map(read_json, filter(Path.exists, paths)) if stage["settings"]["size"] == "true"]
         if stages:
