@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lape_fast.models import decoder
+from lape_fast.models import decoder, fp8
 from lape_fast.models.quantised import keep_as_stored
 
 
 def quantise_layers(model: nn.Module, kind: str) -> nn.Module:
-    """Exchanges the linear projections of the decoder's layers for bitsandbytes' "nf4" or "int8", one at a time.
+    """Exchanges the linear projections of the decoder's layers for "fp8", or bitsandbytes' "nf4" or "int8".
 
     Raises:
-        ImportError: bitsandbytes is not installed.
+        ImportError: bitsandbytes is needed and not installed.
+        ConfigError: the device has no product in fp8.
     """
+    if kind == "fp8":
+        return fp8.quantise_layers(model)
     # Before anything is changed.
     import bitsandbytes  # noqa: F401
 

@@ -61,6 +61,7 @@ class Case:
         baseline: the peer that ratios are to.
         rounds: how often each is built and timed.
         policy: "default", or what all have in common.
+        quantise: how the base's layers are quantised, or None.
         goals: peer -> a goal of ``benchmarks.gpu.goals`` -> the column of its row that is held against it.
     """
 
@@ -72,6 +73,7 @@ class Case:
     baseline: str
     rounds: int
     policy: str = "default"
+    quantise: str | None = None
     goals: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
@@ -236,7 +238,7 @@ def time_peer(
     """
     if name in wrong:
         raise WrongAnswer(f"The gradients or the loss of {name} are wrong, so it is not timed.")
-    device, base = bench.device, bench.base(case.shape)
+    device, base = bench.device, bench.base(case.shape, case.quantise)
     free_memory(device)
     method, setting = case.peers[name]
     input_ids = bench.tokens(case.shape, rows, length)

@@ -1,8 +1,8 @@
 """Training steps at true size: every way to train beside ours, in time and in memory.
 
-In its order: gradients are checked; 8B on one row of 4,096 tokens against everything, with a profile; 12B the same, and
-on eight rows of 2,048, where most others run out of memory; all of them checkpointed and with the fused loss; what each
-part of ours brings; the kernels of the loss and the optimizer; other batches and languages.
+In its order: gradients are checked; 8B on one row of 4,096 tokens against everything, with a profile, and in fp8; 12B the
+same, and on eight rows of 2,048, where most others run out of memory; all of them checkpointed and with the fused loss;
+what each part of ours brings; the kernels of the loss and the optimizer; other batches and languages.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import losses
+from benchmarks.gpu.fp8 import measure_fp8
 from benchmarks.gpu.kernels import PRODUCT, measure_product
 from benchmarks.gpu.ladder import ladder
 from benchmarks.gpu.shapes import LANGUAGES, SIZES, Shape
@@ -96,6 +97,7 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
 
     case(small, long, mt, PEERS, 3, goals=STEP_GOALS)
     stage.measure(f"{small.name} profile", functools.partial(profile_step, bench, small, long, mt), peer="ours-save")
+    stage.measure(f"{small.name} fp8", functools.partial(measure_fp8, bench, small, long, mt), peer="ours-save")
     case(large, long, mt, PEERS, 2)
     case(large, wide, mt, IMPORTANT, 1, goals={"ours-save": {"peak-12b-8x2048": "allocated_gib"}})
     case(small, long, mt, SAME_POLICY, 2, policy="same policy")
