@@ -1,8 +1,8 @@
 """Training steps at true size: every way to train beside ours, in time and in memory.
 
-In its order: gradients are checked; 8B on one row of 4,096 tokens against everything, with a profile, and in fp8; 12B the
-same, and on eight rows of 2,048, where most others run out of memory; all of them checkpointed and with the fused loss;
-what each part of ours brings; the kernels of the loss and the optimizer; other batches and languages.
+In its order: gradients are checked; 8B on one row of 4,096 tokens against everything, with a profile, and in fp8; 12B
+the same, and on eight rows of 2,048, where most others run out of memory; all of them checkpointed and with the fused
+loss; what each part of ours brings; the kernels of the loss and the optimizer; other batches and languages.
 """
 
 from __future__ import annotations
