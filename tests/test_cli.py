@@ -325,7 +325,7 @@ def test_control_c_is_one_sentence_and_the_exit_code_of_an_interruption(workplac
     corpus, output = workplace / "long", workplace / "interrupted.json"
     corpus.mkdir()
     for language, line in TEXTS.items():
-        (corpus / f"{language}.txt").write_text("\n".join(line.format(number) for number in range(1000)))
+        (corpus / f"{language}.txt").write_text("\n".join(line.format(number) for number in range(3000)))
     command = ["ablate", "--model", workplace / "base", "--corpus", corpus, "--output", output]
     command += ["--neurons", workplace / "out" / "neurons.safetensors", "--context-length", 32, "--batch-tokens", 32]
     process = subprocess.Popen(
