@@ -78,7 +78,7 @@ def test_the_goals_are_in_the_rows(rows):
         found |= row.get("goals", {})
     assert found.keys() == {
         "step-over-floor", "faster-than-masked", "faster-than-clone-scatter", "faster-than-full", "faster-than-lora",
-        "peak-12b-8x2048", "peak-12b-save", "peak-12b-checkpoint", "peak-12b-nf4",
+        "peak-12b-8x2048", "peak-12b-save", "peak-12b-checkpoint", "peak-12b-nf4", "fp8-step",
     }  # fmt: skip
 
 
