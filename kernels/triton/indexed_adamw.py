@@ -176,9 +176,9 @@ def indexed_adamw_kernel(
     exp_avg = nearer_end + tl.load(constants + 2) * (grad - exp_avg)
     tl.store(exp_avg_address, exp_avg, mask=inside)
     exp_avg_sq = tl.load(constants + 3) * exp_avg_sq + tl.load(constants + 4) * grad * grad
-    tl.store(exp_avg_sq_address, exp_avg_sq, mask=inside)
     denominator = tl.sqrt(exp_avg_sq) * tl.load(constants + 6) + tl.load(constants + 7)
     master = master * tl.load(constants) - tl.load(constants + 5) * (exp_avg / denominator)
+    tl.store(exp_avg_sq_address, exp_avg_sq, mask=inside)
     tl.store(master_address, master, mask=inside)
 
     neurons = tl.load(line + 1).to(tl.pointer_type(tl.int64))
