@@ -104,10 +104,9 @@ def tune(
     Example: lape-fast tune --model meta-llama/Llama-3.1-8B --corpus texts/ --neurons out/neurons.safetensors
     --language mlt_Latn --output adapters/mlt_Latn
     """
-    from lape_fast.files import refuse_existing
     from lape_fast.identify import joined_world
     from lape_fast.text import canonical
-    from lape_fast.tune import SubnetworkConfig, TrainingSettings, plan, tune_language
+    from lape_fast.tune import SubnetworkConfig, TrainingSettings, plan, refuse_tuned, tune_language
 
     if dry_run:
         predicted = plan(
@@ -127,7 +126,7 @@ def tune(
     if output is None:
         raise ConfigError("tune needs --output, the folder of the adapter that it writes; --dry-run writes none.")
     # Before a large model is loaded for nothing.
-    refuse_existing(output)
+    refuse_tuned(output)
     choice = SubnetworkConfig(neurons=neurons, language=language, method=method, policy=policy, seed=seed)
     opened = open_text(corpus, lines, language, text_column)
     validation = open_text(corpus, validation_lines, language, text_column) if validation_lines else None

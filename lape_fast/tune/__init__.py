@@ -8,7 +8,7 @@ from lape_fast.tune.policies import measured_peak
 from lape_fast.tune.subnetwork import Subnetwork, attach_subnetwork
 from lape_fast.tune.subnetwork_ffn import Policy, Storage, SubnetworkFFN
 from lape_fast.tune.training import TrainingSettings
-from lape_fast.tune.tuning import tune_language
+from lape_fast.tune.tuning import refuse_tuned, tune_language
 
 __all__ = [
     "BaseSize",
@@ -27,6 +27,7 @@ __all__ = [
     "merge_adapter",
     "plan",
     "read_adapter_config",
+    "refuse_tuned",
     "train_base_model",
     "tune_language",
     "write_adapter",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import time
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lape_fast.errors import ConfigError, CorpusError, FileFormatError, StoppedError, TrainingError, WorkerError
@@ -24,6 +27,9 @@ from lape_fast.progress import progress_bar
 from lape_fast.text import pack_for_model, tokenize
 
 SETTINGS_NAME = "settings.json"
+
+# What errors say of a full disk: the system's words, and those of torch's writer.
+CANNOT_WRITE = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG), "PytorchStreamWriter")
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,7 @@ def train(
         description: of the progress bar.
 
     Returns:
-        ``steps``, ``seconds``, ``tokens_per_second``, ``train_loss`` and the ``log`` (a dict per logged step); with
+        ``steps``, ``seconds``, ``tokens_per_second``, ``train_loss`` and the ``log`` (a dict per step); with
         validation text also ``best_step``, whose values the model has, and its ``validation_loss``.
 
     Raises:
@@ -203,37 +209,52 @@ def train(
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         start = time.perf_counter()
-        with _others_there():
-            result = trainer.train(resume_from_checkpoint=last_checkpoint(output))
+        with _others_there(), _room_on_disk(output):
+            trainer.train(resume_from_checkpoint=last_checkpoint(output))
     seconds = time.perf_counter() - start
     if interruption.stopped and trainer.state.global_step < steps:
         raise StoppedError(
             f"Interrupted after step {trainer.state.global_step} of {steps}; the same command goes on from there."
         )
     state = trainer.state
+    # The Trainer's own summary, the last entry, is of the steps since the run was last resumed.
+    log = [
+        _with_epoch(entry, settings.rows_per_step / len(rows))
+        for entry in state.log_history
+        if "loss" in entry or "eval_loss" in entry
+    ]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
     best = {"best_step": state.best_global_step, "validation_loss": state.best_metric} if validation else {}
     return {
         "steps": state.global_step,
         "seconds": seconds,
         "tokens_per_second": state.global_step * tokens_per_step / seconds,
-        "train_loss": result.training_loss,
+        "train_loss": sum(losses) / len(losses),
         **best,
-        "log": [_with_epoch(entry, settings.rows_per_step / len(rows)) for entry in state.log_history],
+        "log": log,
     }
 
 
 def last_checkpoint(output: Path) -> str | None:
     """The newest complete checkpoint of a run; the Trainer writes its state last."""
     numbered = {int(path.name.removeprefix("checkpoint-")): path for path in output.glob("checkpoint-*[0-9]")}
-    return next((str(numbered[step]) for step in sorted(numbered, reverse=True) if _is_complete(numbered[step])), None)
+    return next((str(numbered[step]) for step in sorted(numbered, reverse=True) if is_complete(numbered[step])), None)
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    state = checkpoint / "trainer_state.json"
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint can be resumed from: a kill may have ended its writing, in any process, or its removal."""
     try:
-        return state.is_file() and bool(read_json(state))
-    except FileFormatError:
+        if not read_json(checkpoint / "trainer_state.json"):
+            return False
+        for path in checkpoint.rglob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, FileFormatError, SafetensorError):
         return False
+    # torch's files are zip archives, whose directory stands at their end. The optimizer's is written after the model's
+    # files and before those of the processes' random states, and the Trainer's state behind them.
+    files = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    return {"optimizer.pt", "scheduler.pt"} <= {path.name for path in files} and all(map(zipfile.is_zipfile, files))
 
 
 @contextlib.contextmanager
@@ -245,6 +266,21 @@ def _others_there() -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise WorkerError(OTHER_ENDED) from error
         raise
+
+
+@contextlib.contextmanager
+def _room_on_disk(output: Path) -> Iterator[None]:
+    """One sentence where torch, safetensors and Python each have an error of their own for a file that cannot grow."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not any(sign in str(error) for sign in CANNOT_WRITE):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"A checkpoint in {output} could not be written ({reason}); make room there, and the same command goes on "
+            "from the last whole one."
+        ) from error
 
 
 def _with_epoch(entry: dict[str, Any], epochs_per_step: float) -> dict[str, Any]:
@@ -303,7 +339,8 @@ def _trainer(model, rows, validation, output, steps, settings: TrainingSettings,
         load_best_model_at_end=validation is not None,
         metric_for_best_model="loss",
         prediction_loss_only=True,
-        logging_steps=max(1, min(10, steps // 20)),
+        # What is logged must not depend on where a run was interrupted, and a mean over steps would.
+        logging_steps=1,
         report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
         log_level="error",

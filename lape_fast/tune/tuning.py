@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lape_fast.errors import CorpusError
-from lape_fast.files import atomic_folder, refuse_existing, write_json
+from lape_fast.files import atomic_folder, read_json, refuse_existing, remove_unfinished, write_json
 from lape_fast.identify import joined_world
 from lape_fast.models import without_logits
 from lape_fast.text import Corpus, canonical
@@ -20,7 +20,7 @@ from lape_fast.tune.adapter import write_adapter
 from lape_fast.tune.planning import Plan, plan
 from lape_fast.tune.policies import measured_peak
 from lape_fast.tune.subnetwork import Subnetwork
-from lape_fast.tune.training import TrainingSettings, pack_documents, train
+from lape_fast.tune.training import SETTINGS_NAME, TrainingSettings, pack_documents, train
 
 if TYPE_CHECKING:
     from lape_fast.tune.peft_tuner import SubnetworkConfig
@@ -65,7 +65,7 @@ def tune_language(
     """
     settings = settings or TrainingSettings()
     output = Path(output)
-    refuse_existing(output)
+    refuse_tuned(output)
     language = canonical(config.language)
     rows = pack_documents(model, tokenizer, _documents(corpus, language), settings.context_length)
     held_out = validation and pack_documents(
@@ -73,7 +73,7 @@ def tune_language(
     )
     peft_model = _peft_model(model, config)
     subnetwork = Subnetwork(model, peft_model.active_adapter)
-    workspace = output.with_name(f"{output.name}.checkpoints")
+    workspace = _workspace(output)
     optimizer = subnetwork.optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay)
     memory = _predicted_memory(model, config, settings)
     with joined_world() as world, without_logits(model), measured_peak(model.device) as peak:
@@ -98,6 +98,29 @@ def tune_language(
         # So that no process goes on to read what is not written yet.
         world.wait()
     return subnetwork, report
+
+
+def refuse_tuned(output: str | os.PathLike) -> None:
+    """Makes sure that an adapter is not there yet, and removes what a run that was killed behind writing it left.
+
+    Raises:
+        FileExistsAlreadyError: it is.
+    """
+    output = Path(output)
+    workspace, log = _workspace(output), output / LOG_NAME
+    if log.is_file() and workspace.is_dir():
+        settings, claim = read_json(log)["settings"], workspace / SETTINGS_NAME
+        # Without a claim a kill has ended the removal itself; that of another run is for its own output.
+        claimed = read_json(claim) if claim.is_file() else settings
+        if all(claimed.get(name) == value for name, value in settings.items() if name != "steps"):
+            # Another process of the run may be doing the same.
+            shutil.rmtree(workspace, ignore_errors=True)
+            remove_unfinished(output)
+    refuse_existing(output)
+
+
+def _workspace(output: Path) -> Path:
+    return output.with_name(f"{output.name}.checkpoints")
 
 
 def _predicted_memory(model: nn.Module, config: SubnetworkConfig, settings: TrainingSettings) -> Plan:
