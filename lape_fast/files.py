@@ -1,7 +1,9 @@
 """Files that are whole or absent: atomic writes, and safetensors whose metadata is JSON.
 
 Every file is written beside its final name, synced and renamed, so an interrupt or a full disk leaves the old file
-as it was. What a killed process leaves of such a file is removed by the next one that writes it. Nothing here unpickles.
+as it was. What a killed process leaves of such a file is removed by the next one that writes it.
+
+Nothing here unpickles.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 # Seconds. A process that is still there after PATIENCE hangs; a launcher ends the ones that are left after GRACE.
-PATIENCE, GRACE = 120.0, 30.0
+PATIENCE, GRACE = 300.0, 60.0
 
 # So that the workers of a killed process become children of this one, which can then see and collect them.
 PR_SET_CHILD_SUBREAPER = 36

@@ -28,6 +28,9 @@ from lape_fast.text import pack_for_model, tokenize
 
 SETTINGS_NAME = "settings.json"
 
+# Entries of the training loss; up to so many steps each has its own.
+LONGEST_LOG = 2000
+
 # What errors say of a full disk: the system's words, and those of torch's writer.
 CANNOT_WRITE = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG), "PytorchStreamWriter")
 
@@ -178,7 +181,7 @@ def train(
         description: of the progress bar.
 
     Returns:
-        ``steps``, ``seconds``, ``tokens_per_second``, ``train_loss`` and the ``log`` (a dict per step); with
+        ``steps``, ``seconds``, ``tokens_per_second``, ``train_loss`` and the ``log`` (a dict per step, or per so many that there are ``LONGEST_LOG``); with
         validation text also ``best_step``, whose values the model has, and its ``validation_loss``.
 
     Raises:
@@ -339,8 +342,8 @@ def _trainer(model, rows, validation, output, steps, settings: TrainingSettings,
         load_best_model_at_end=validation is not None,
         metric_for_best_model="loss",
         prediction_loss_only=True,
-        # What is logged must not depend on where a run was interrupted, and a mean over steps would.
-        logging_steps=1,
+        # A mean over steps depends on where a run was interrupted; but a log of any length would fill the memory.
+        logging_steps=max(1, steps // LONGEST_LOG),
         report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
         log_level="error",
