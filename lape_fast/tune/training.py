@@ -181,8 +181,9 @@ def train(
         description: of the progress bar.
 
     Returns:
-        ``steps``, ``seconds``, ``tokens_per_second``, ``train_loss`` and the ``log`` (a dict per step, or per so many that there are ``LONGEST_LOG``); with
-        validation text also ``best_step``, whose values the model has, and its ``validation_loss``.
+        ``steps``, ``seconds``, ``tokens_per_second``, ``train_loss`` and the ``log`` (a dict per step, or per so many
+        steps that there are ``LONGEST_LOG``); with validation text also ``best_step``, whose values the model has, and
+        its ``validation_loss``.
 
     Raises:
         TrainingError: the folder holds a run with other settings, or a gradient is not finite.
