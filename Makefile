@@ -80,7 +80,7 @@ sanitize: setup
 	cd $(SANITIZED)/package && LD_PRELOAD=$(SANITIZER_LIBRARIES) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(CURDIR)/$(BIN)/python -m pytest tests/ops tests/text/test_packing.py -k "not triton and not compile and not opcheck"
 	g++ -std=c++20 -O1 -g -fsanitize=thread -pthread -DTORCH_TARGET_VERSION=0x020b000000000000 $(TORCH_INCLUDES) \
-	  tests/native/race_harness.cpp -o $(SANITIZED)/race_harness -Wl,--unresolved-symbols=ignore-all
+	  -ffunction-sections -Wl,--gc-sections tests/native/race_harness.cpp -o $(SANITIZED)/race_harness
 	$(SANITIZED)/race_harness
 	! $(SANITIZED)/race_harness --broken 2> $(SANITIZED)/broken.log
 	grep -q "data race" $(SANITIZED)/broken.log

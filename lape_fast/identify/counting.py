@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lape_fast.errors import ConfigError, CorpusError, StoppedError
+from lape_fast.errors import ConfigError, CorpusError, StoppedError, WorkerError
 from lape_fast.identify.checkpoints import Checkpoints
 from lape_fast.identify.chunks import CountingSettings, Group, Position, Shard, queues, read_groups
 from lape_fast.identify.counting_ffn import by_language, count_batch, counting_ffns, set_by_language, zero_counts
@@ -84,10 +84,16 @@ def count_activations(
         progress_bar("counting", run.shards) as advance,
         _stop_signals(catch=checkpoint is not None) as stop,
     ):
-        while True:
-            run.count_round(modules, advance, stop, checkpoint_seconds)
-            if not run.begin_round():
-                break
+        try:
+            while True:
+                run.count_round(modules, advance, stop, checkpoint_seconds)
+                if not run.begin_round():
+                    break
+        except WorkerError as error:
+            # All were asked, and this one was waiting for another, which was faster.
+            if not stop.asked:
+                raise
+            raise run.stopped() from error
     return run.result()
 
 
@@ -180,10 +186,13 @@ class _Run:
         # Others may take hours yet.
         self._save()
         if stop.asked:
-            raise StoppedError(
-                f"The run was asked to stop, and is saved in {self.checkpoints.folder}; the same command goes on "
-                "from there."
-            )
+            raise self.stopped()
+
+    def stopped(self) -> StoppedError:
+        """What a run that was asked to stop ends with; it saves before it waits for others."""
+        return StoppedError(
+            f"The run was asked to stop, and is saved in {self.checkpoints.folder}; the same command goes on from there."
+        )
 
     def begin_round(self) -> bool:
         """Decides which languages have had enough text, and whether any other has more; all processes alike."""
@@ -329,7 +338,8 @@ class _Run:
     def _log(self, event: str) -> None:
         """One line for those who read a log, where no bar is shown."""
         if self.world.is_main:
-            begun = len(self.progress.positions)
+            # After a restart this process knows of the others' texts, too.
+            begun = sum(str(shard) in self.progress.positions for queue in self.queues for shard in queue)
             log(f"{event} {int(self.tokens.sum()):,} tokens; {begun} of {self.shards} texts begun.")
 
     def _total(self) -> ActivationCounts:

@@ -4,7 +4,7 @@
 //     race_harness --broken   the same without the atomics, which ThreadSanitizer has to report
 //
 // The functions are in unnamed namespaces, so the kernels are included as they are. Of torch they need nothing but
-// headers: what they would call to make tensors is never reached and never linked (`make sanitize`).
+// headers: the ops around them, which make tensors, are dropped by the linker (`make sanitize`).
 
 #include "../../csrc/gated_activation.cpp"
 #define check_disjoint check_backward_disjoint
