@@ -191,7 +191,8 @@ class _Run:
     def stopped(self) -> StoppedError:
         """What a run that was asked to stop ends with; it saves before it waits for others."""
         return StoppedError(
-            f"The run was asked to stop, and is saved in {self.checkpoints.folder}; the same command goes on from there."
+            f"The run was asked to stop, and is saved in {self.checkpoints.folder}; the same command goes on from "
+            "there."
         )
 
     def begin_round(self) -> bool:

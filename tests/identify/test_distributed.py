@@ -190,18 +190,15 @@ def test_a_process_that_is_asked_to_stop_while_it_waits_for_another_stops(corpus
     settings = CountingSettings(context_length=48, batch_tokens=96, until_stable=0.3)
 
     def count():
-        if os.environ["RANK"] == "1":
-            monkeypatch.setattr(World, "wait", lambda world: os._exit(0))
-        else:
-            wait = World.wait
+        rank, wait = int(os.environ["RANK"]), World.wait
 
-            def asked(world):
-                # The first wait is the beginning of the run, the second the end of its first round.
-                if (tmp_path / "partial" / "0-of-2.safetensors").exists():
-                    os.kill(os.getpid(), signal.SIGTERM)
-                wait(world)
+        def signalled(world):
+            # Saved is what a round has counted; before that the processes wait for each other once, at the start.
+            if (tmp_path / "partial" / f"{rank}-of-2.safetensors").exists():
+                os._exit(0) if rank else os.kill(os.getpid(), signal.SIGTERM)
+            wait(world)
 
-            monkeypatch.setattr(World, "wait", asked)
+        monkeypatch.setattr(World, "wait", signalled)
         with pytest.raises(StoppedError, match="asked to stop, and is saved"):
             counting(corpus, settings, tmp_path / "partial")()
         return "stopped"

@@ -22,7 +22,7 @@ namespace lape_fast {
 namespace {
 
 // Everything that threads share out: rows, of which all add to the same columns of the counts.
-constexpr int64_t kTokens = 192, kNeurons = 300, kLanguages = 3, kRepetitions = 20;
+constexpr int64_t kTokens = 192, kNeurons = 300, kLanguages = 3, kRepetitions = 5;
 
 void on_threads(int64_t threads, const std::function<void(int64_t)>& body) {
   std::vector<std::thread> running;
