@@ -170,7 +170,7 @@ class _Run:
         with contextlib.closing(prefetch(produce, workers, lambda: stop.asked)) as groups:
             for packed, finished in self._steps(groups, stop):
                 if packed is not None:
-                    self._note(count_batch(self.model, modules, packed, search=not self.sharded))
+                    self._note(count_batch(self.model, modules, packed))
                     counted = packed.language_ids[packed.language_ids >= 0]
                     self.tokens += torch.bincount(counted, minlength=len(self.tokens))
                     self.counted += len(counted)

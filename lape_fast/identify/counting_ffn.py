@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lape_fast.errors import ArchitectureError
 from lape_fast.models import FFN, ExpertFFN, decoder, find_ffns, forward_hidden, replaced, without_final_norm
@@ -114,21 +115,15 @@ def counting_ffns(model: nn.Module, counts: Tensor, *, skip_last: bool = True) -
 
 
 @torch.inference_mode()
-def count_batch(
-    model: nn.Module, modules: Sequence[CountingFFN], packed: Packed, *, search: bool = True
-) -> Tensor | None:
+def count_batch(model: nn.Module, modules: Sequence[CountingFFN], packed: Packed) -> Tensor | None:
     """Runs the model without its head over one batch of rows, under ``counting_ffns``.
 
     What is not finite in a layer is not finite behind the last one, so that one look there serves for all layers; only
     if something is found, the batch is computed once more to see where it begins.
 
-    Args:
-        model, modules, packed: see ``counting_ffns``.
-        search: whether it may be; not where a pass needs other processes, which have found nothing.
-
     Returns:
         Languages and layers, int64 ``[2, N]``: one for each counted token of which a gate is NaN or infinite, with the
-        first such layer, -1 without a search. None if there is no such token.
+        first such layer; -1 for a sharded model, whose other processes take no part in a search. None if there is none.
 
     Raises:
         ArchitectureError: the forward pass went around a counting FFN.
@@ -147,10 +142,10 @@ def count_batch(
     bad = ~hidden.sum(-1, dtype=wide).isfinite() & (language_ids >= 0)
     if not bad.any():
         return None
-    if search:
-        return _search(model, modules, packed, language_ids)
-    languages = language_ids[bad].long().cpu()
-    return torch.stack([languages, torch.full_like(languages, -1)])
+    if isinstance(next(decoder(model).parameters()), DTensor):
+        languages = language_ids[bad].long().cpu()
+        return torch.stack([languages, torch.full_like(languages, -1)])
+    return _search(model, modules, packed, language_ids)
 
 
 def _run(model: nn.Module, modules: Sequence[CountingFFN], packed: Packed, language_ids: Tensor) -> Tensor:

@@ -80,8 +80,7 @@ def spoilt(model_type, layer, value, dtype=torch.float32):
         gate[..., 0][spoil.tokens.view(gate.shape[:-1])] = value
         return gate
 
-    name = "gate_up" if "gate_up" in ffn.projections else "gate"
-    ffn.projections[name].register_forward_hook(spoil)
+    ffn.projections["gate"].register_forward_hook(spoil)
     return model, spoil
 
 
@@ -91,7 +90,7 @@ def rows(language_ids):
     return Packed(input_ids, torch.arange(6).repeat(2, 1), torch.tensor(language_ids, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "phi3"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_gates_that_are_not_finite_are_found_with_language_and_layer(model_type, layer, value):
