@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.faults.processes import GRACE, PATIENCE, Start, draw_worker, run_to_end, start
+from benchmarks.faults.processes import GRACE, PATIENCE, Start, draw_worker, end_all, run_to_end, start
 from benchmarks.faults.scenarios import SCENARIOS, Scenario, broken_files, contents, differences, make_inputs
 from benchmarks.faults.scenarios import run_command as run
 
@@ -179,6 +179,7 @@ class Campaign:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        end_all()
         self._disk.__exit__()
         shutil.rmtree(self.folder)
 

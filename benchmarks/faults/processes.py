@@ -46,6 +46,10 @@ def prepare() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+# Every start that was made, so that none outlives a campaign that is broken off.
+STARTS: list[Start] = []
+
+
 @dataclass
 class Start:
     """The processes of one start of a command.
@@ -130,6 +134,7 @@ def start(function: Callable[[], object], logs: Path, size: int = 1) -> Start:
         port = free.getsockname()[1]
     logs.mkdir(parents=True, exist_ok=True)
     begun = Start({}, [logs / f"{rank}.log" for rank in range(size)])
+    STARTS.append(begun)
     sys.stdout.flush()
     sys.stderr.flush()
     for rank in range(size):
@@ -193,6 +198,14 @@ def run_to_end(function: Callable[[], object], logs: Path, size: int = 1) -> tup
         started.signal(signal.SIGKILL)
         started.wait(GRACE)
     return started, time.monotonic() - begun
+
+
+def end_all() -> None:
+    """Ends what is still running."""
+    for started in STARTS:
+        started.signal(signal.SIGKILL, with_workers=True)
+        started.wait(GRACE)
+    STARTS.clear()
 
 
 def draw_worker(started: Start, draw: random.Random) -> int | None:
