@@ -1,4 +1,7 @@
-"""Builds lape_fast with its two native modules; LAPE_FAST_NO_EXTENSION=1 leaves both out."""
+"""Builds lape_fast with its two native modules; LAPE_FAST_NO_EXTENSION=1 leaves both out.
+
+LAPE_FAST_SANITIZE=address,undefined builds them with those sanitizers of the compiler (`make sanitize`).
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,11 @@ TEST_REQUIREMENTS = ["ninja", "playwright", "pybind11", "pytest", "pytest-benchm
 # The kernels choose their instruction set when they run, so no flag depends on the machine that builds. Nobody reads
 # errno or floating-point traps, and without them the compiler may turn a branch into a select.
 OPTIMISE = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+# The first error ends the program. torch is built without what the check of virtual tables needs.
+SANITIZE = os.environ.get("LAPE_FAST_SANITIZE")
+SANITIZERS = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"] if SANITIZE else []
+if SANITIZE:
+    OPTIMISE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-fno-trapping-math", *SANITIZERS]
 OPERATOR_SOURCES = [
     "registration",
     "instruction_set",
@@ -65,10 +73,17 @@ def native_modules() -> dict:
         [f"csrc/{name}.cpp" for name in OPERATOR_SOURCES],
         depends=[str(header) for header in Path("csrc").glob("*.h")],
         extra_compile_args=[*OPTIMISE, "-Wall", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"],
+        extra_link_args=SANITIZERS,
         py_limited_api=True,
     )
     # The helpers without tensors.
-    host = Pybind11Extension("lape_fast._host", ["csrc/sequence_packer.cpp"], cxx_std=20)
+    host = Pybind11Extension(
+        "lape_fast._host",
+        ["csrc/sequence_packer.cpp"],
+        cxx_std=20,
+        extra_compile_args=OPTIMISE if SANITIZE else [],
+        extra_link_args=SANITIZERS,
+    )
     return {"ext_modules": [operators, host], "cmdclass": {"build_ext": BuildExtension}}
 
 

@@ -138,6 +138,29 @@ inline std::string shape_of(const Tensor& values) {
   return text + "]";
 }
 
+// What a tensor reaches in memory.
+struct Reach {
+  intptr_t begin = 0, end = 0;
+
+  bool meets(const Reach& other) const { return begin < other.end && other.begin < end; }
+};
+
+// Throws if the tensor reaches beyond its storage, which Python can shrink or empty behind it, or is not aligned.
+inline Reach check_memory(const char* name, const Tensor& values) {
+  if (values.numel() == 0) return {};
+  const int64_t bytes = values.element_size();
+  int64_t entries = 1, stored = 0;
+  for (int64_t dim = 0; dim < values.dim(); ++dim) entries += (values.size(dim) - 1) * values.stride(dim);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(values.get(), &stored));
+  const int64_t needed = (values.storage_offset() + entries) * bytes;
+  STD_TORCH_CHECK(needed <= stored, name, " reaches ", needed, " bytes into a storage of ", stored,
+                  "; give the storage its size back first.");
+  const auto begin = reinterpret_cast<intptr_t>(values.const_data_ptr());
+  STD_TORCH_CHECK(begin % bytes == 0, name, " begins at an address that is no multiple of its ", bytes,
+                  " bytes; clone it first.");
+  return {begin, begin + entries * bytes};
+}
+
 inline void check_rows(const char* name, const Tensor& values, const Tensor& like) {
   STD_TORCH_CHECK(values.is_cpu() && values.dim() == 2 && values.scalar_type() == like.scalar_type() &&
                       values.size(0) == like.size(0) && values.size(1) == like.size(1),
@@ -146,6 +169,7 @@ inline void check_rows(const char* name, const Tensor& values, const Tensor& lik
   STD_TORCH_CHECK(values.size(1) <= 1 || values.stride(1) == 1, name,
                   " must have unit stride in its last dimension, but the stride is ", values.stride(1),
                   "; call .contiguous() first.");
+  check_memory(name, values);
 }
 
 }  // namespace lape_fast

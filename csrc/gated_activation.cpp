@@ -107,6 +107,10 @@ void check(const Tensor& gate, const std::optional<Tensor>& up, const std::optio
                       counts->size(1) == gate.size(1) && counts->is_contiguous(),
                   "counts must be contiguous int64 [languages, ", gate.size(1), "] on the CPU, but its shape is ",
                   shape_of(*counts), ".");
+  const Reach written = check_memory("counts", *counts);
+  const bool shared = written.meets(check_memory("language_ids", *language_ids)) ||
+                      written.meets(check_memory("gate", gate)) || (up && written.meets(check_memory("up", *up)));
+  STD_TORCH_CHECK(!shared, "counts shares memory with an operand, but is added to in place; clone one first.");
 }
 
 }  // namespace
@@ -117,6 +121,8 @@ Tensor gated_activation(const Tensor& gate, const std::optional<Tensor>& up, int
   const int64_t tokens = gate.size(0), neurons = gate.size(1);
   const int64_t shape[] = {tokens, neurons};
   Tensor h = torch::stable::new_empty(gate, {shape, 2});
+  // The ids of any number of tokens may stand in one place of memory, and to walk along them would take for ever.
+  if (h.numel() == 0) return h;
   const InstructionSet isa = instruction_set();
   dispatch(gate.scalar_type(), activation, up.has_value(), [&]<class Scalar, Activation chosen, bool gated>() {
     Forward<Scalar> op{rows_of<Scalar>(gate), rows_of<Scalar>(up), mutable_rows_of<Scalar>(h)};

@@ -102,6 +102,7 @@ std::vector<SelectedNeuron> read_selection(const std::optional<Tensor>& slots, i
   STD_TORCH_CHECK(slots->is_cpu() && slots->scalar_type() == ScalarType::Int && slots->dim() == 1 &&
                       slots->size(0) == neurons,
                   "slots must be int32 [", neurons, "] on the CPU, but its shape is ", shape_of(*slots), ".");
+  check_memory("slots", *slots);
   const auto* values = static_cast<const int32_t*>(slots->const_data_ptr());
   const int64_t stride = slots->stride(0);
   std::vector<bool> taken(selected, false);

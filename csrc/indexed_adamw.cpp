@@ -161,6 +161,7 @@ void check_operand(const char* name, const Tensor& values, const Tensor& master,
                       values.is_contiguous(),
                   name, " must be contiguous [K, D] = [", selected, ", ", master.size(1),
                   "] on the CPU in the dtype of its master, but its shape is ", shape_of(values), ".");
+  check_memory(name, values);
 }
 
 // The neurons of every part, one after the other: copied, so that nobody can change them after the check.
@@ -169,6 +170,7 @@ std::vector<int64_t> read_neurons(const std::vector<Tensor>& neurons) {
   for (const Tensor& chosen : neurons) {
     STD_TORCH_CHECK(chosen.is_cpu() && chosen.dim() == 1 && chosen.scalar_type() == ScalarType::Long,
                     "neurons must be int64 [K] on the CPU, but the shape of one is ", shape_of(chosen), ".");
+    check_memory("neurons", chosen);
     const auto* values = static_cast<const int64_t*>(chosen.const_data_ptr());
     for (int64_t place = 0; place < chosen.size(0); ++place) every.push_back(values[place * chosen.stride(0)]);
   }
@@ -193,6 +195,7 @@ void add_weight(Part& part, const Tensor& weight, const Tensor& master, std::vec
                       master.scalar_type() == wide,
                   "A weight must be [F, ", part.width, "] on the CPU and its master float32 (float64 for float64), ",
                   "but the shape of one is ", shape_of(weight), ".");
+  check_memory("A weight", weight);
   check_neurons(part.neurons, part.selected, weight.size(0));
   if (part.selected == 0 || part.width == 0) return;
   spans.push_back(span_of_weight(weight));
@@ -207,6 +210,7 @@ double read_clip(const std::optional<Tensor>& clip) {
   STD_TORCH_CHECK(clip->is_cpu() && clip->dim() == 0 && (single || clip->scalar_type() == ScalarType::Double),
                   "clip must be float32 or float64 with no dimension on the CPU, but its shape is ", shape_of(*clip),
                   ".");
+  check_memory("clip", *clip);
   return single ? *static_cast<const float*>(clip->const_data_ptr())
                 : *static_cast<const double*>(clip->const_data_ptr());
 }

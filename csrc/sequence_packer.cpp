@@ -37,7 +37,8 @@ std::vector<Piece> cut(const std::int64_t* lengths, const std::int32_t* language
   std::int64_t start = 0;
   for (std::int64_t document = 0; document < documents; ++document) {
     const std::int64_t end = start + lengths[document];
-    for (std::int64_t from = start; from < end; from += context - 1) {
+    // No sum of a position and a context that has no bound.
+    for (std::int64_t from = start; from < end; from += std::min(context - 1, end - from)) {
       const std::int64_t length = std::min(context, end - from);
       // What a piece repeats is never all it has, or an earlier one would have ended the document.
       if (from > start && length == 1) break;
@@ -141,9 +142,10 @@ py::tuple pack_documents(const Array<std::int32_t>& tokens, const Array<std::int
   std::vector<bool> special;
   std::int64_t rows = 0;
   std::int64_t width = context;
+  // Under the interpreter's lock: once it is open, another thread may change the lengths that were checked.
+  pieces = cut(lengths.data(), languages.data(), lengths.size(), context);
   {
     py::gil_scoped_release unlocked;
-    pieces = cut(lengths.data(), languages.data(), lengths.size(), context);
     rows = place(pieces, context, one_per_row, placements);
     if (one_per_row) {
       width = 0;

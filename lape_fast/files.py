@@ -1,19 +1,28 @@
 """Files that are whole or absent: atomic writes, and safetensors whose metadata is JSON.
 
 Every file is written beside its final name, synced and renamed, so an interrupt or a full disk leaves the old file
-as it was. Nothing here unpickles.
+as it was. What a killed process leaves of such a file is removed by the next one that writes it.
+
+Nothing here unpickles.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,24 +32,65 @@ from lape_fast.errors import FileExistsAlreadyError, FileFormatError
 
 SCHEMA_VERSION = 1
 
+# How the hidden names end of what is not whole yet.
+UNFINISHED = ".partial"
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; on success it replaces ``path`` in one step, on failure it vanishes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
-    temporary = Path(name)
+    temporary, lock = _unfinished(path, tempfile.mkstemp)
     try:
         yield temporary
         # mkstemp creates 0600; a finished file has the permissions that open() would have given it.
         temporary.chmod(0o666 & ~_umask())
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def remove_unfinished(path: str | os.PathLike) -> None:
+    """Removes what killed processes have left of ``path``; what a living one is writing stays."""
+    path = Path(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED}") if fcntl else ():
+        # Where there are no locks nobody knows who lives.
+        with contextlib.suppress(OSError):
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            finally:
+                os.close(lock)
+
+
+def _unfinished(path: Path, make: Callable[..., Any]) -> tuple[Path, int]:
+    """A new hidden file or folder beside ``path``, and the descriptor of the lock that its living writer has on it."""
+    remove_unfinished(path)
+    while True:
+        made = make(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
+        if isinstance(made, tuple):
+            os.close(made[0])
+            made = made[1]
+        try:
+            lock = os.open(made, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        if fcntl:
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        # Another process may have taken it for left, between its birth and its lock.
+        if os.path.exists(made):
+            return Path(made), lock
+        os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as written:
+        os.fsync(written.fileno())
 
 
 def refuse_existing(path: str | os.PathLike) -> None:
@@ -64,12 +114,19 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     if not path.is_dir() or any(path.iterdir()):
         refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True) as parent:
+    parent, lock = _unfinished(path, tempfile.mkdtemp)
+    try:
         # A folder inside the private one gets ordinary permissions.
-        temporary = Path(parent) / path.name
+        temporary = parent / path.name
         temporary.mkdir()
         yield temporary
+        for written in temporary.rglob("*"):
+            if written.is_file():
+                _sync(written)
         os.replace(temporary, path)
+    finally:
+        shutil.rmtree(parent, ignore_errors=True)
+        os.close(lock)
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:

@@ -199,5 +199,7 @@ def note_counting(counts, finished: bool) -> None:
     elif speed["tokens_per_s"]:
         waited = f"the model waited for text {speed['waited_share']:.1%} of the time"
         note(f"{speed['tokens_per_s']:,.0f} tokens/s; {waited}.")
+    for language, found in counts.metadata.get("non_finite", {}).items():
+        note(f"{language}: gates were NaN or infinite on {found['tokens']:,} tokens (first layers: {found['layers']}).")
     for skipped in counts.metadata["skipped_files"]:
         note(f"Skipped: {skipped}")

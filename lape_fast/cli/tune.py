@@ -131,11 +131,10 @@ def tune(
     In comparison: lape-fast tune --model meta-llama/Llama-3.1-8B --corpus texts/ --method lora:rank=32,alpha=64
     --language mlt_Latn --output adapters/mlt_Latn-lora
     """
-    from lape_fast.files import refuse_existing
     from lape_fast.identify import joined_world
     from lape_fast.report import language_label, save_figure, training_dynamics
     from lape_fast.text import canonical
-    from lape_fast.tune import TrainingSettings, TuningConfig, plan, read_dynamics, tune_language
+    from lape_fast.tune import TrainingSettings, TuningConfig, plan, read_dynamics, refuse_tuned, tune_language
 
     choice = TuningConfig(method=method, language=language, neurons=neurons, policy=policy, seed=seed)
     if dry_run:
@@ -160,7 +159,7 @@ def tune(
     if output is None:
         raise ConfigError("tune needs --output, the folder of the adapter that it writes; --dry-run writes none.")
     # Before a large model is loaded for nothing.
-    refuse_existing(output)
+    refuse_tuned(output)
     if others and not validation_lines:
         raise ConfigError(
             f"--others {others} is measured on the validation lines; name them, as in --validation-lines 1598-1797."

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lape_fast.errors import ConfigError, CorpusError, StoppedError
+from lape_fast.errors import ConfigError, CorpusError, StoppedError, WorkerError
 from lape_fast.identify.checkpoints import Checkpoints
 from lape_fast.identify.chunks import CountingSettings, Group, Position, Shard, queues, read_groups
 from lape_fast.identify.counting_ffn import by_language, count_batch, counting_ffns, set_by_language, zero_counts
@@ -84,10 +84,16 @@ def count_activations(
         progress_bar("counting", run.shards) as advance,
         _stop_signals(catch=checkpoint is not None) as stop,
     ):
-        while True:
-            run.count_round(modules, advance, stop, checkpoint_seconds)
-            if not run.begin_round():
-                break
+        try:
+            while True:
+                run.count_round(modules, advance, stop, checkpoint_seconds)
+                if not run.begin_round():
+                    break
+        except WorkerError as error:
+            # All were asked, and this one was waiting for another, which was faster.
+            if not stop.asked:
+                raise
+            raise run.stopped() from error
     return run.result()
 
 
@@ -142,6 +148,9 @@ class _Run:
         if "counts" in saved:
             set_by_language(self.counts, saved["counts"])
             self._log("Going on from")
+        # The last column is of those whose layer is not known.
+        shape = (2 * len(corpus.languages), len(self.counts) + 1)
+        self.non_finite = saved.get("non_finite", torch.zeros(shape, dtype=torch.int64))
         self.counted = 0
         self.seconds = self.waited = 0.0
         self.shown, self.tokens_shown = 0.0, 0
@@ -161,7 +170,7 @@ class _Run:
         with contextlib.closing(prefetch(produce, workers, lambda: stop.asked)) as groups:
             for packed, finished in self._steps(groups, stop):
                 if packed is not None:
-                    count_batch(self.model, modules, packed)
+                    self._note(count_batch(self.model, modules, packed))
                     counted = packed.language_ids[packed.language_ids >= 0]
                     self.tokens += torch.bincount(counted, minlength=len(self.tokens))
                     self.counted += len(counted)
@@ -177,10 +186,14 @@ class _Run:
         # Others may take hours yet.
         self._save()
         if stop.asked:
-            raise StoppedError(
-                f"The run was asked to stop, and is saved in {self.checkpoints.folder}; the same command goes on "
-                "from there."
-            )
+            raise self.stopped()
+
+    def stopped(self) -> StoppedError:
+        """What a run that was asked to stop ends with; it saves before it waits for others."""
+        return StoppedError(
+            f"The run was asked to stop, and is saved in {self.checkpoints.folder}; the same command goes on from "
+            "there."
+        )
 
     def begin_round(self) -> bool:
         """Decides which languages have had enough text, and whether any other has more; all processes alike."""
@@ -214,6 +227,7 @@ class _Run:
         counts.metadata |= {
             "stability": self._stability(counts, positions),
             "shards": counted_shards(self.corpus, self.settings),
+            "non_finite": self._non_finite(),
             "skipped_files": sorted({bad for position in positions.values() for bad in position.bad_files}),
             "speed": {
                 "seconds": round(seconds, 3),
@@ -222,6 +236,35 @@ class _Run:
             },
         }
         return counts
+
+    def _note(self, found: torch.Tensor | None) -> None:
+        """Adds up where gates are not finite, and says so when it happens to a language for the first time."""
+        if found is None:
+            return
+        languages = self.corpus.languages
+        known = self.non_finite.sum(1)
+        self.non_finite.index_put_(tuple(found), torch.ones_like(found[0]), accumulate=True)
+        for number in found[0].unique().tolist():
+            if not known[number % len(languages)] and not known[(number + len(languages)) % len(known)]:
+                layer = int(found[1][found[0] == number].min())
+                place = "a layer" if layer < 0 else f"layer {layer}"
+                log(
+                    f"Language {languages[number % len(languages)]}: gates of {place} are NaN or infinite on some "
+                    "tokens. NaN never fires; load the model in bfloat16 or float32 if it is float16."
+                )
+
+    def _non_finite(self) -> dict[str, dict[str, Any]]:
+        """For each language with gates that are not finite: on how many tokens, and where they begin."""
+        halves = self.world.sum(self.non_finite.to(self.counts.device, copy=True)).cpu()
+        total = halves.view(2, len(self.corpus.languages), -1).sum(0)
+        return {
+            language: {
+                "tokens": int(tokens.sum()),
+                "layers": {str(layer): int(tokens[layer]) for layer in range(len(tokens) - 1) if tokens[layer]},
+            }
+            for language, tokens in zip(self.corpus.languages, total, strict=True)
+            if tokens.any()
+        }
 
     def _any_below(self, tokens: float) -> bool:
         """Whether any process has a shard that goes on to this many tokens per language."""
@@ -289,13 +332,15 @@ class _Run:
 
     def _save(self) -> None:
         if self.checkpoints.folder is not None:
-            self.checkpoints.save(self.progress, {"counts": by_language(self.counts), "tokens": self.tokens})
+            tensors = {"counts": by_language(self.counts), "tokens": self.tokens, "non_finite": self.non_finite}
+            self.checkpoints.save(self.progress, tensors)
             self._log("Saved at")
 
     def _log(self, event: str) -> None:
         """One line for those who read a log, where no bar is shown."""
         if self.world.is_main:
-            begun = len(self.progress.positions)
+            # After a restart this process knows of the others' texts, too.
+            begun = sum(str(shard) in self.progress.positions for queue in self.queues for shard in queue)
             log(f"{event} {int(self.tokens.sum()):,} tokens; {begun} of {self.shards} texts begun.")
 
     def _total(self) -> ActivationCounts:

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from lape_fast.errors import FileExistsAlreadyError, SelectionError
+from lape_fast.files import remove_unfinished
 from lape_fast.identify.checkpoints import differences
 from lape_fast.identify.chunks import CountingSettings
 from lape_fast.identify.counting import count_activations, fit_settings, run_identity
@@ -109,7 +110,9 @@ def count_to_file(
                 f"{path} holds the counts of another run ({changed}); choose another output or remove the file."
             )
         # A run that was killed between its last two steps leaves it behind.
-        shutil.rmtree(partial, ignore_errors=True)
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            remove_unfinished(path)
         return counts
     counts = count_activations(
         model,

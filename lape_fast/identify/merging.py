@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ def merge_files(paths: Sequence[str | os.PathLike]) -> ActivationCounts:
         "corpus": described[0] if all(each == described[0] for each in described) else {"spec": _joined(names)},
         "merged_parts": sorted({(part.metadata.get("part", 1), part.metadata.get("parts", 1)) for part in parts}),
         "shards": {code: [each for part in parts for each in _shards(part).get(code, [])] for code in merged.languages},
+        "non_finite": _non_finite([part.metadata.get("non_finite", {}) for part in parts]),
         "skipped_files": sorted({file for part in parts for file in part.metadata.get("skipped_files", [])}),
     }
     merged.metadata.pop("part", None)
@@ -117,3 +118,15 @@ def _shards(counts: ActivationCounts) -> dict[str, list[dict[str, Any]]]:
 def _single(shards: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     """An id for each shard of those that share one."""
     return [{**shard, "shard": number} for shard in shards or [] for number in shard["shard"]]
+
+
+def _non_finite(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """On how many tokens of each language gates were not finite in any part, and in which layers that began."""
+    total: dict[str, dict[str, Any]] = {}
+    for part in found:
+        for language, tokens in part.items():
+            entry = total.setdefault(language, {"tokens": 0, "layers": {}})
+            entry["tokens"] += tokens["tokens"]
+            for layer, number in tokens["layers"].items():
+                entry["layers"][layer] = entry["layers"].get(layer, 0) + number
+    return total

@@ -50,7 +50,7 @@ def training_dynamics(records: Sequence[Mapping[str, Any]], title: str, target: 
     loss.set_ylabel("Loss (nats per token)")
     for panel, name, label in (
         (gradient, "gradient_norm", "Norm of the gradient"),
-        (update, "update_norm", "Norm of the update since\nthe record before"),
+        (update, "update_norm", "Norm of the update\nof that step"),
     ):
         parts = list(dict.fromkeys(part for record in records for part in record.get(name, {})))
         series = {part: _series(records, name, part) for part in parts}

@@ -14,7 +14,7 @@ from lape_fast.tune.policies import measured_peak
 from lape_fast.tune.subnetwork import Subnetwork, attach_subnetwork
 from lape_fast.tune.subnetwork_ffn import Policy, Storage, SubnetworkFFN
 from lape_fast.tune.training import TrainingSettings
-from lape_fast.tune.tuning import tune_language
+from lape_fast.tune.tuning import refuse_tuned, tune_language
 
 __all__ = [
     "METHODS",
@@ -43,6 +43,7 @@ __all__ = [
     "plan",
     "read_adapter_config",
     "read_dynamics",
+    "refuse_tuned",
     "train_base_model",
     "tune_language",
     "write_adapter",

@@ -5,7 +5,7 @@ an interrupted run), and where they are known
 
     loss, learning_rate    the mean loss since the record before, and the rate of the last step
     gradient_norm          of the last step before it was clipped: a number per projection, and the ``total``
-    update_norm            of the change of the trained values since the record before, in the same form
+    update_norm            of the change of the trained values by the last step, in the same form
     change_norm            of their change since the start
     validation_loss        as the mean over the validation rows
     measured               what the caller's ``measure`` returned for the model
@@ -36,7 +36,7 @@ DYNAMICS_NAME = "dynamics.jsonl"
 
 TOTAL = "total"
 
-# How often the trained values are kept beside themselves: those of the start, and of the last record.
+# How often the trained values are kept beside themselves: those of the start, and those before a recorded step.
 COPIES = 2
 
 Measure = Callable[[nn.Module], Mapping[str, float]]
@@ -60,15 +60,18 @@ class Watched:
 
 
 class Dynamics(TrainerCallback):
-    """Writes the records of a run: at every step that the Trainer logs, at every measurement and every checkpoint.
+    """Writes the records of a run: every so many steps, and at every measurement.
 
-    A run that is resumed drops the records behind its checkpoint and writes them anew, so that each is there once.
+    Norms take a copy of the trained values, which is why not every step has a record. A run that is resumed drops the
+    records behind its checkpoint and writes them anew; the losses and seconds of the steps before it are in the
+    Trainer's log, so that it ends with the records of a run that never stopped.
 
     Args:
         path: the file.
         watched: what is recorded.
         trained: what the Trainer trains, which computes the loss of validation rows.
         validation: the validation rows, if any: then what is measured is measured with them.
+        record_every: steps between records.
         measure_every: steps between measurements.
         tokens_per_step: of all processes.
         writes: whether this process writes the file. All of them must measure, as they may share the model.
@@ -80,29 +83,30 @@ class Dynamics(TrainerCallback):
         watched: Watched,
         trained: nn.Module,
         validation: Rows | None,
+        record_every: int,
         measure_every: int,
         tokens_per_step: int,
         writes: bool,
     ):
         self._writes = writes
         self._path, self._watched, self._trained, self._validation = path, watched, trained, validation
-        self._measure_every, self._tokens_per_step = measure_every, tokens_per_step
+        self._record_every, self._measure_every = record_every, measure_every
+        self._tokens_per_step = tokens_per_step
         # On the CPU, as memory of the device may be short. `COPIES` of the trained values.
-        self._start, self._last = self._copies(), self._copies()
+        self._start, self._before = self._copies(), self._copies()
         self._gradients: dict[str, Tensor] = {}
         self._seconds = 0.0
         self._begun = time.perf_counter()
         self._pending: dict[str, Any] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._seconds = next((entry["seconds"] for entry in reversed(state.log_history) if "seconds" in entry), 0.0)
+        kept = []
         if state.global_step:
             kept = [record for record in _whole_lines(self._path) if record["step"] <= state.global_step]
-            self._seconds = kept[-1]["seconds"] if kept else 0.0
-            self._remember()
-        else:
-            kept = []
         if self._writes:
             write_text(self._path, "".join(_line(record) for record in kept))
+        self._recorded = kept[-1]["step"] if kept else state.global_step
         if kept:
             return
         record = {"step": 0, "tokens": 0, "seconds": 0.0}
@@ -114,6 +118,9 @@ class Dynamics(TrainerCallback):
         self._begun = time.perf_counter()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not self._records(state.global_step + 1, state):
+            return
+        self._remember()
         self._gradients = {
             name: torch.stack(torch._foreach_norm([parameter.grad for parameter in parts])).norm()
             for name, parts in self._watched.parts.items()
@@ -124,23 +131,26 @@ class Dynamics(TrainerCallback):
             torch.cuda.synchronize()
         self._seconds += time.perf_counter() - self._begun
         # The Trainer's mean loss is that since its last entry, which is not in its checkpoints.
-        control.should_log |= self._measures(state) or control.should_save or control.should_evaluate
+        control.should_log |= self._records(state.global_step, state) or control.should_save
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" not in logs:
+            return
+        state.log_history[-1]["seconds"] = self._seconds
+        if not self._records(state.global_step, state):
             return
         record = {
             "step": state.global_step,
             "tokens": state.global_step * self._tokens_per_step,
             "seconds": self._seconds,
             "learning_rate": logs["learning_rate"],
-            "loss": logs["loss"],
+            "loss": mean_of_log(state.log_history, behind=self._recorded),
             "gradient_norm": _unclipped(self._gradients, logs["grad_norm"]),
-            "update_norm": distance(self._watched.parts, self._last),
+            "update_norm": distance(self._watched.parts, self._before),
             "change_norm": distance(self._watched.parts, self._start),
         }
-        self._remember()
-        if self._measures(state):
+        self._recorded = state.global_step
+        if self._measures(state.global_step, state):
             record |= self._measured()
         if control.should_evaluate:
             self._pending = record
@@ -152,8 +162,11 @@ class Dynamics(TrainerCallback):
             self._write({**self._pending, "validation_loss": metrics["eval_loss"]})
             self._pending = None
 
-    def _measures(self, state) -> bool:
-        return state.global_step % self._measure_every == 0 or state.global_step == state.max_steps
+    def _records(self, step: int, state) -> bool:
+        return step % self._record_every == 0 or self._measures(step, state)
+
+    def _measures(self, step: int, state) -> bool:
+        return step % self._measure_every == 0 or step == state.max_steps
 
     def _measured(self) -> dict[str, Any]:
         if self._watched.measure is None:
@@ -176,8 +189,8 @@ class Dynamics(TrainerCallback):
     @torch.no_grad()
     def _remember(self) -> None:
         for name, parts in self._watched.parts.items():
-            for parameter, last in zip(parts, self._last[name], strict=True):
-                last.copy_(parameter)
+            for parameter, before in zip(parts, self._before[name], strict=True):
+                before.copy_(parameter)
 
     def _write(self, record: dict[str, Any]) -> None:
         if not self._writes:
@@ -230,6 +243,15 @@ def distance(values: Mapping[str, Sequence[Tensor]], others: Mapping[str, Sequen
         changes = (value.cpu() - other for value, other in zip(own, others[name], strict=True))
         squares[name] = sum(float(change.double().square().sum()) for change in changes)
     return {**{name: square**0.5 for name, square in squares.items()}, TOTAL: sum(squares.values()) ** 0.5}
+
+
+def mean_of_log(history: Sequence[Mapping[str, Any]], behind: int = 0) -> float:
+    """The mean training loss of the steps behind one, from the Trainer's log, whose entries are means themselves."""
+    entries = [entry for entry in history if "loss" in entry]
+    starts = [0, *(entry["step"] for entry in entries)]
+    steps = [entry["step"] - max(start, behind) for entry, start in zip(entries, starts, strict=False)]
+    kept = [(entry["loss"], weight) for entry, weight in zip(entries, steps, strict=True) if weight > 0]
+    return sum(loss * weight for loss, weight in kept) / sum(weight for _, weight in kept)
 
 
 def _unclipped(norms: Mapping[str, Tensor], total: float) -> dict[str, float]:

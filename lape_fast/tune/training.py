@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import time
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lape_fast.errors import ConfigError, CorpusError, FileFormatError, StoppedError, TrainingError, WorkerError
@@ -27,6 +30,12 @@ if TYPE_CHECKING:
     from lape_fast.tune.dynamics import Watched
 
 SETTINGS_NAME = "settings.json"
+
+# Entries of the training loss; up to so many steps each has its own.
+LONGEST_LOG = 2000
+
+# What errors say of a full disk: the system's words, and those of torch's writer.
+CANNOT_WRITE = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG), "PytorchStreamWriter")
 
 
 @dataclass(frozen=True)
@@ -177,8 +186,9 @@ def train(
         watched: what is recorded in ``dynamics.jsonl`` in the folder; nothing by default.
 
     Returns:
-        ``steps``, ``seconds``, ``tokens_per_second``, ``train_loss`` and the ``log`` (a dict per logged step); with
-        validation text also ``best_step``, whose values the model has, and its ``validation_loss``.
+        ``steps``, ``seconds``, ``tokens_per_second``, ``train_loss`` and the ``log`` (a dict per step, or per so many
+        steps that there are ``LONGEST_LOG``); with validation text also ``best_step``, whose values the model has, and
+        its ``validation_loss``.
 
     Raises:
         TrainingError: the folder holds a run with other settings, or a gradient is not finite.
@@ -188,7 +198,7 @@ def train(
     from transformers import set_seed
 
     from lape_fast.tune.callbacks import FiniteGradients, Interruption, Progress, RowMeans
-    from lape_fast.tune.dynamics import DYNAMICS_NAME, Dynamics
+    from lape_fast.tune.dynamics import DYNAMICS_NAME, Dynamics, mean_of_log
 
     output = Path(output)
     steps = settings.steps or math.ceil(settings.epochs * len(rows) / settings.rows_per_step)
@@ -206,45 +216,62 @@ def train(
         if watched is not None:
             every = min(settings.evaluate_every, steps)
             path = output / DYNAMICS_NAME
-            # Behind the interruption, whose checkpoint is a record too.
-            trainer.add_callback(Dynamics(path, watched, model, validation, every, tokens_per_step, world.is_main))
+            # Behind the interruption, whose checkpoint the log has to reach.
+            records = max(1, min(10, steps // 20))
+            trainer.add_callback(
+                Dynamics(path, watched, model, validation, records, every, tokens_per_step, world.is_main)
+            )
         if world.is_main:
             trainer.add_callback(Progress(stack.enter_context(progress_bar(description, steps)), tokens_per_step))
         # accelerate renames what the Trainer passes to it.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         start = time.perf_counter()
-        with _others_there():
-            result = trainer.train(resume_from_checkpoint=last_checkpoint(output))
+        with _others_there(), _room_on_disk(output):
+            trainer.train(resume_from_checkpoint=last_checkpoint(output))
     seconds = time.perf_counter() - start
     if interruption.stopped and trainer.state.global_step < steps:
         raise StoppedError(
             f"Interrupted after step {trainer.state.global_step} of {steps}; the same command goes on from there."
         )
     state = trainer.state
+    # The Trainer's own summary, the last entry, is of the steps since the run was last resumed.
+    log = [
+        _with_epoch(entry, settings.rows_per_step / len(rows))
+        for entry in state.log_history
+        if "loss" in entry or "eval_loss" in entry
+    ]
     best = {"best_step": state.best_global_step, "validation_loss": state.best_metric} if validation else {}
     return {
         "steps": state.global_step,
         "seconds": seconds,
         "tokens_per_second": state.global_step * tokens_per_step / seconds,
-        "train_loss": result.training_loss,
+        "train_loss": mean_of_log(log),
         **best,
-        "log": [_with_epoch(entry, settings.rows_per_step / len(rows)) for entry in state.log_history],
+        "log": log,
     }
 
 
 def last_checkpoint(output: Path) -> str | None:
     """The newest complete checkpoint of a run; the Trainer writes its state last."""
     numbered = {int(path.name.removeprefix("checkpoint-")): path for path in output.glob("checkpoint-*[0-9]")}
-    return next((str(numbered[step]) for step in sorted(numbered, reverse=True) if _is_complete(numbered[step])), None)
+    return next((str(numbered[step]) for step in sorted(numbered, reverse=True) if is_complete(numbered[step])), None)
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    state = checkpoint / "trainer_state.json"
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint can be resumed from: a kill may have ended its writing, in any process, or its removal."""
     try:
-        return state.is_file() and bool(read_json(state))
-    except FileFormatError:
+        if not read_json(checkpoint / "trainer_state.json"):
+            return False
+        for path in checkpoint.rglob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, FileFormatError, SafetensorError):
         return False
+    # torch's files are zip archives, whose directory stands at their end. The optimizer's is written after the model's
+    # files and before those of the processes' random states, and the Trainer's state behind them.
+    files = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    return {"optimizer.pt", "scheduler.pt"} <= {path.name for path in files} and all(map(zipfile.is_zipfile, files))
 
 
 @contextlib.contextmanager
@@ -256,6 +283,21 @@ def _others_there() -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise WorkerError(OTHER_ENDED) from error
         raise
+
+
+@contextlib.contextmanager
+def _room_on_disk(output: Path) -> Iterator[None]:
+    """One sentence where torch, safetensors and Python each have an error of their own for a file that cannot grow."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not any(sign in str(error) for sign in CANNOT_WRITE):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"A checkpoint in {output} could not be written ({reason}); make room there, and the same command goes on "
+            "from the last whole one."
+        ) from error
 
 
 def _with_epoch(entry: dict[str, Any], epochs_per_step: float) -> dict[str, Any]:
@@ -314,7 +356,8 @@ def _trainer(model, rows, validation, output, steps, settings: TrainingSettings,
         load_best_model_at_end=validation is not None,
         metric_for_best_model="loss",
         prediction_loss_only=True,
-        logging_steps=max(1, min(10, steps // 20)),
+        # A mean over steps depends on where a run was interrupted; but a log of any length would fill the memory.
+        logging_steps=max(1, steps // LONGEST_LOG),
         report_to=list(settings.report_to) or "none",
         # The rows hold what the model takes; of a module around it the Trainer could not tell.
         remove_unused_columns=False,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lape_fast.errors import CorpusError
-from lape_fast.files import atomic_folder, refuse_existing, write_json
+from lape_fast.files import atomic_folder, read_json, refuse_existing, remove_unfinished, write_json
 from lape_fast.identify import joined_world
 from lape_fast.models import dense_ffns
 from lape_fast.text import Corpus, canonical
@@ -22,7 +22,7 @@ from lape_fast.tune.planning import Plan, plan
 from lape_fast.tune.policies import measured_peak
 from lape_fast.tune.runs import Run, prepare
 from lape_fast.tune.subnetwork import Subnetwork, installed_layers
-from lape_fast.tune.training import Rows, TrainingSettings, pack_documents, train
+from lape_fast.tune.training import SETTINGS_NAME, Rows, TrainingSettings, pack_documents, train
 
 if TYPE_CHECKING:
     from lape_fast.tune.dense import DenseWeights
@@ -76,7 +76,7 @@ def tune_language(
     """
     settings = settings or TrainingSettings()
     output = Path(output)
-    refuse_existing(output)
+    refuse_tuned(output)
     language = canonical(config.language)
     rows = pack_documents(model, tokenizer, _documents(corpus, language), settings.context_length)
     held_out = validation and pack_documents(
@@ -87,7 +87,7 @@ def tune_language(
 
     from lape_fast.tune.dynamics import COPIES, DYNAMICS_NAME, Watched, read_dynamics
 
-    workspace = output.with_name(f"{output.name}.checkpoints")
+    workspace = _workspace(output)
     undo: Callable[[], None] = lambda: None  # noqa: E731
     try:
         with joined_world() as world:
@@ -138,6 +138,29 @@ def tune_language(
         undo()
         raise
     return adapter, report
+
+
+def refuse_tuned(output: str | os.PathLike) -> None:
+    """Makes sure that an adapter is not there yet, and removes what a run that was killed behind writing it left.
+
+    Raises:
+        FileExistsAlreadyError: it is.
+    """
+    output = Path(output)
+    workspace, log = _workspace(output), output / LOG_NAME
+    if log.is_file() and workspace.is_dir():
+        settings, claim = read_json(log)["settings"], workspace / SETTINGS_NAME
+        # Without a claim a kill has ended the removal itself; that of another run is for its own output.
+        claimed = read_json(claim) if claim.is_file() else settings
+        if all(claimed.get(name) == value for name, value in settings.items() if name != "steps"):
+            # Another process of the run may be doing the same.
+            shutil.rmtree(workspace, ignore_errors=True)
+            remove_unfinished(output)
+    refuse_existing(output)
+
+
+def _workspace(output: Path) -> Path:
+    return output.with_name(f"{output.name}.checkpoints")
 
 
 def _flops_per_token(module: nn.Module, rows: Rows) -> float:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import signal
 import time
 
 import pytest
 import torch
 
-from lape_fast.errors import ConfigError, WorkerError
+from lape_fast.errors import ConfigError, StoppedError, WorkerError
 from lape_fast.identify import CountingSettings, count_activations, joined_world
 from lape_fast.identify.counts import TENSORS
+from lape_fast.identify.distributed import World
 from lape_fast.models import decoder, load_model, load_sharded_model, model_identity, weights_hash
 from lape_fast.text import open_corpus
 from tests.identify.processes import run_together
@@ -180,3 +183,24 @@ def test_a_process_that_ends_is_one_sentence_in_the_others():
         return "told"
 
     assert run_together(meet, 2) == ["told", None]
+
+
+def test_a_process_that_is_asked_to_stop_while_it_waits_for_another_stops(corpus, tmp_path, monkeypatch):
+    """Both are signalled, and the first to end is gone before the other can ask it."""
+    settings = CountingSettings(context_length=48, batch_tokens=96, until_stable=0.3)
+
+    def count():
+        rank, wait = int(os.environ["RANK"]), World.wait
+
+        def signalled(world):
+            # Saved is what a round has counted; before that the processes wait for each other once, at the start.
+            if (tmp_path / "partial" / f"{rank}-of-2.safetensors").exists():
+                os._exit(0) if rank else os.kill(os.getpid(), signal.SIGTERM)
+            wait(world)
+
+        monkeypatch.setattr(World, "wait", signalled)
+        with pytest.raises(StoppedError, match="asked to stop, and is saved"):
+            counting(corpus, settings, tmp_path / "partial")()
+        return "stopped"
+
+    assert run_together(count, 2)[0] == "stopped"
