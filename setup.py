@@ -23,7 +23,6 @@ REQUIREMENTS = [
     "rich",
     "safetensors",
     "typer",
-    "zstandard",
 ]
 # What only some users need, by the name of the extra: `pip install "lape-fast[quantise]"`.
 EXTRAS = {
@@ -31,7 +30,16 @@ EXTRAS = {
     "trl": ["trl>=1.16"],
     "liger": ["liger-kernel>=0.8"],
 }
-TEST_REQUIREMENTS = ["ninja", "pybind11", "pytest", "pytest-benchmark", "pytest-timeout", "ruff"]
+TEST_REQUIREMENTS = [
+    "hypothesis",
+    "ninja",
+    "pybind11",
+    "pytest",
+    "pytest-benchmark",
+    "pytest-timeout",
+    "ruff",
+    "zstandard",
+]
 
 # The kernels choose their instruction set when they run, so no flag depends on the machine that builds. Nobody reads
 # errno or floating-point traps, and without them the compiler may turn a branch into a select.

@@ -120,6 +120,8 @@ class Checkpoints:
                 raise FileFormatError(
                     f"{path} is no checkpoint ({metadata.get('kind')!r}); move it out of the folder of the run."
                 )
+            if not _is_sound(metadata):
+                raise FileFormatError(f"{path} is a damaged checkpoint; remove its folder to start the run again.")
         return files
 
     def _own(self) -> Path:
@@ -146,7 +148,36 @@ def _in_words(value: Any) -> str:
 
 
 def _add(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    if {name: tensor.shape for name, tensor in first.items()} != {name: each.shape for name, each in second.items()}:
+        raise FileFormatError("The checkpoints of the run do not add up; remove their folder to start it again.")
     return {name: tensor + second[name] for name, tensor in first.items()}
+
+
+def _is_sound(metadata: Mapping[str, Any]) -> bool:
+    """Whether a file holds what ``Checkpoints.save`` writes."""
+    numbers = [metadata.get(name) for name in ("processes", "generation", "round")]
+    positions = metadata.get("positions")
+    return (
+        all(type(number) is int and number >= 0 for number in numbers)
+        and isinstance(metadata.get("run"), dict)
+        and _are_texts(metadata.get("stopped"))
+        and isinstance(positions, dict)
+        and all(map(_is_position, positions.values()))
+    )
+
+
+def _is_position(position: Any) -> bool:
+    kinds = {"tokens": int, "chunks": int, "documents": int, "ended": bool}
+    return (
+        isinstance(position, dict)
+        and position.keys() == {*kinds, "state", "bad_files"}
+        and all(type(position[name]) is kind and position[name] >= 0 for name, kind in kinds.items())
+        and _are_texts(position["bad_files"])
+    )
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _progress(metadata: Mapping[str, Any]) -> Progress:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lape_fast.errors import ConfigError, CorpusError, StoppedError
+from lape_fast.errors import ConfigError, CorpusError, FileFormatError, StoppedError
 from lape_fast.identify.checkpoints import Checkpoints
 from lape_fast.identify.chunks import CountingSettings, Group, Position, Shard, queues, read_groups
 from lape_fast.identify.counting_ffn import by_language, count_batch, counting_ffns, set_by_language, zero_counts
@@ -139,12 +139,23 @@ class _Run:
         # Language h * G + g is half h of language g.
         self.counts = zero_counts(model, 2 * len(corpus.languages))
         self.tokens = saved.get("tokens", torch.zeros(2 * len(corpus.languages), dtype=torch.int64))
-        if "counts" in saved:
+        if saved:
+            self._check_saved(saved)
             set_by_language(self.counts, saved["counts"])
             self._log("Going on from")
         self.counted = 0
         self.seconds = self.waited = 0.0
         self.shown, self.tokens_shown = 0.0, 0
+
+    def _check_saved(self, saved: dict[str, torch.Tensor]) -> None:
+        layers, experts, languages, neurons = self.counts.shape
+        shapes = {"counts": (languages, layers, experts * neurons), "tokens": (languages,)}
+        found = {name: (tuple(values.shape), values.dtype) for name, values in saved.items()}
+        if found != {name: (shape, torch.int64) for name, shape in shapes.items()}:
+            raise FileFormatError(
+                f"A checkpoint in {self.checkpoints.folder} holds {found} where {shapes} of int64 are needed; remove "
+                "the folder to start the run again."
+            )
 
     def count_round(self, modules: list, advance: Callable, stop: _Stop, checkpoint_seconds: float) -> None:
         """Counts this process's queues up to the target of the round."""

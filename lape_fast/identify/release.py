@@ -22,7 +22,7 @@ from typing import Any
 from lape_fast import __version__
 from lape_fast.errors import ArchitectureError, ConfigError, FileFormatError, LanguageError
 from lape_fast.files import SCHEMA_VERSION, atomic_folder, read_json, write_json, write_text
-from lape_fast.identify.card import render_card
+from lape_fast.identify.card import SELECTIVITY, render_card
 from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.neurons import NeuronSet
 from lape_fast.identify.selection import MODEL_FIELDS
@@ -212,10 +212,23 @@ def _check_source(path: Path, neurons: NeuronSet, counts: ActivationCounts, hash
 
 def _read_ablation(path: Path, counts: ActivationCounts) -> dict[str, Any]:
     values = read_json(path)
-    if not isinstance(values, dict) or values.get("kind") != "ablation" or "neurons_fingerprint" not in values:
+    if not isinstance(values, dict) or values.get("kind") != "ablation" or not isinstance(
+        values.get("neurons_fingerprint"), str
+    ):
         raise FileFormatError(f"{path} holds no ablation; name the JSON file that `lape-fast ablate` wrote.")
+    if not _is_selectivity(values.get("selectivity")):
+        raise FileFormatError(f"{path} holds a damaged ablation, without the selectivity of its languages; ablate again.")
     _check_model(path, values, counts)
     return values
+
+
+def _is_selectivity(values: Any) -> bool:
+    return isinstance(values, dict) and all(
+        isinstance(found, dict)
+        and found.keys() >= set(SELECTIVITY)
+        and all(found[name] is None or type(found[name]) in (int, float) for name in SELECTIVITY)
+        for found in values.values()
+    )
 
 
 def _check_model(path: Path, metadata: dict[str, Any], counts: ActivationCounts) -> None:
@@ -235,7 +248,7 @@ def _fetcher(source: str | os.PathLike, revision: str | None) -> Callable[[str],
             raise ConfigError(f"{folder} is a folder and has no revision {revision!r}; leave the revision out.")
         if not (folder / INDEX_NAME).is_file():
             raise FileFormatError(f"The folder {folder} holds no {INDEX_NAME}, so it is no neuron release.")
-        return folder.joinpath
+        return functools.partial(_inside, folder)
     if folder.exists() or folder.is_absolute() or os.fspath(source).startswith((".", "~")):
         raise ConfigError(f"There is no folder {source}; name the folder of a release, or its hub id as OWNER/NAME.")
 
@@ -255,8 +268,24 @@ def _fetcher(source: str | os.PathLike, revision: str | None) -> Callable[[str],
     return download
 
 
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file of a release in a folder; a link may not lead elsewhere."""
+    path, root = folder / name, folder.resolve()
+    # The hub's own cache keeps a download as links into the blobs beside it.
+    roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    try:
+        leads_out = not any(path.resolve().is_relative_to(each) for each in roots)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileFormatError(f"{path} cannot be read ({error}); get the release again.") from error
+    if leads_out:
+        raise FileFormatError(
+            f"{path} is a link to {path.resolve()}, outside the release; put the file itself into the folder."
+        )
+    return path
+
+
 def _check_index(index: Any, source: str | os.PathLike) -> None:
-    if not isinstance(index, dict) or index.get("kind") != KIND or not isinstance(index.get("schema_version"), int):
+    if not isinstance(index, dict) or index.get("kind") != KIND or type(index.get("schema_version")) is not int:
         raise FileFormatError(f"{INDEX_NAME} of {source} is not that of a neuron release.")
     if index["schema_version"] > SCHEMA_VERSION:
         raise FileFormatError(
@@ -273,4 +302,4 @@ def _is_sound(entry: Any) -> bool:
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in SET_FIELDS):
         return False
     parts = PurePosixPath(entry["path"]).parts
-    return parts[:1] == ("neurons",) and ".." not in parts
+    return parts[:1] == ("neurons",) and ".." not in parts and "\0" not in entry["path"]
