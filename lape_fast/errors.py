@@ -1,6 +1,5 @@
 """Every error that lape_fast raises on purpose: a full sentence with the offending value and the fix."""
 
-
 # Characters of a message. It quotes what it complains about, and a hostile file can hold a name of any length.
 LONGEST_MESSAGE = 2000
 

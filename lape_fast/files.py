@@ -150,6 +150,34 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a JSON value has a shape.
+
+    Args:
+        value: the value.
+        shape: a type, which must be the value's own; None; a tuple of shapes, one of which is enough; a list of one
+            shape, that of every element; a dict, each of whose names the value must have in its shape, or with ``str``
+            for all names; or a function that decides.
+
+    Example:
+        >>> fits({"mlt_Latn": [1, 2.5]}, {str: [(int, float)]})
+        True
+    """
+    if isinstance(shape, tuple):
+        return any(fits(value, each) for each in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return False
+        if str in shape:
+            return all(fits(each, shape[str]) for each in value.values())
+        return all(name in value and fits(value[name], each) for name, each in shape.items())
+    if shape is None or isinstance(shape, type):
+        return type(value) is (type(None) if shape is None else shape)
+    return bool(shape(value))
+
+
 def write_tensors(
     path: str | os.PathLike, kind: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
 ) -> None:

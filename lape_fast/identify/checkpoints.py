@@ -5,16 +5,41 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lape_fast.errors import ConfigError, FileFormatError
-from lape_fast.files import read_metadata, read_tensors, write_tensors
+from lape_fast.files import fits, read_metadata, read_tensors, write_tensors
 from lape_fast.identify.chunks import Position
 from lape_fast.identify.distributed import World
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+# Of the metadata of a file; the state is checked by the stream that it goes to.
+SHAPE = {
+    "run": dict,
+    "processes": _is_number,
+    "generation": _is_number,
+    "round": _is_number,
+    "stopped": [str],
+    "positions": {
+        str: {
+            "tokens": _is_number,
+            "chunks": _is_number,
+            "documents": _is_number,
+            "ended": bool,
+            "bad_files": [str],
+            "state": (None, dict),
+        }
+    },
+}
+POSITION_FIELDS = {each.name for each in fields(Position)}
 
 
 @dataclass
@@ -120,7 +145,7 @@ class Checkpoints:
                 raise FileFormatError(
                     f"{path} is no checkpoint ({metadata.get('kind')!r}); move it out of the folder of the run."
                 )
-            if not _is_sound(metadata):
+            if not fits(metadata, SHAPE):
                 raise FileFormatError(f"{path} is a damaged checkpoint; remove its folder to start the run again.")
         return files
 
@@ -153,35 +178,11 @@ def _add(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tenso
     return {name: tensor + second[name] for name, tensor in first.items()}
 
 
-def _is_sound(metadata: Mapping[str, Any]) -> bool:
-    """Whether a file holds what ``Checkpoints.save`` writes."""
-    numbers = [metadata.get(name) for name in ("processes", "generation", "round")]
-    positions = metadata.get("positions")
-    return (
-        all(type(number) is int and number >= 0 for number in numbers)
-        and isinstance(metadata.get("run"), dict)
-        and _are_texts(metadata.get("stopped"))
-        and isinstance(positions, dict)
-        and all(map(_is_position, positions.values()))
-    )
-
-
-def _is_position(position: Any) -> bool:
-    kinds = {"tokens": int, "chunks": int, "documents": int, "ended": bool}
-    return (
-        isinstance(position, dict)
-        and position.keys() == {*kinds, "state", "bad_files"}
-        and all(type(position[name]) is kind and position[name] >= 0 for name, kind in kinds.items())
-        and _are_texts(position["bad_files"])
-    )
-
-
-def _are_texts(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
-
-
 def _progress(metadata: Mapping[str, Any]) -> Progress:
-    positions = {name: Position(**position) for name, position in metadata["positions"].items()}
+    positions = {
+        name: Position(**{each: position[each] for each in POSITION_FIELDS})
+        for name, position in metadata["positions"].items()
+    }
     return Progress(positions, metadata["round"], metadata["stopped"])
 
 

@@ -18,10 +18,10 @@ from lape_fast.files import file_hash, write_bytes
 from lape_fast.identify.counts import check_languages
 from lape_fast.identify.neurons import NeuronSet
 
-
 # What a pickle of lists of tensors names. torch's own safe reader calls more, such as bytearray with any length.
 NAMED = re.compile(
-    r"collections OrderedDict|torch\.serialization _get_layout|torch (Size|(?!Untyped|Typed)\w+Storage|u?int\d+|b?float\d+)"
+    r"collections OrderedDict|torch\.serialization _get_layout"
+    r"|torch (Size|(?!Untyped|Typed)\w+Storage|u?int\d+|b?float\d+)"
     r"|torch\._utils _rebuild_(tensor_v2|parameter|sparse_tensor|meta_tensor_no_storage)"
 )
 

@@ -13,6 +13,7 @@ import torch
 from lape_fast.errors import FileFormatError, LanguageError, SelectionError, ShapeError
 from lape_fast.files import json_hash, read_tensors, write_tensors
 from lape_fast.identify.counts import INTEGER_DTYPES, check_languages, find_language
+from lape_fast.identify.metadata import check_metadata
 from lape_fast.models import check_size
 
 # Metadata that the file itself needs; everything else (rule, thresholds, source) is the maker's.
@@ -188,7 +189,7 @@ class NeuronSet:
         languages = check_languages(list(lists))
         layers = len(lists[languages[0]])
         if layers > MOST_LAYERS:
-            raise ShapeError(f"Language {languages[0]!r} has {layers:,} layers; no model has more than {MOST_LAYERS:,}.")
+            raise ShapeError(f"Language {languages[0]!r} has {layers:,} layers; no model has over {MOST_LAYERS:,}.")
         for language in languages:
             if len(lists[language]) != layers:
                 raise ShapeError(
@@ -237,6 +238,7 @@ class NeuronSet:
         missing += [name for name in FILE_FIELDS if name not in metadata]
         if missing:
             raise FileFormatError(f"{path} lacks {', '.join(missing)}; select the neurons again.")
+        check_metadata(path, metadata)
         kept = {name: value for name, value in metadata.items() if name not in FILE_FIELDS}
         try:
             return cls(

@@ -21,7 +21,7 @@ from typing import Any
 
 from lape_fast import __version__
 from lape_fast.errors import ArchitectureError, ConfigError, FileFormatError, LanguageError
-from lape_fast.files import SCHEMA_VERSION, atomic_folder, read_json, write_json, write_text
+from lape_fast.files import SCHEMA_VERSION, atomic_folder, fits, read_json, write_json, write_text
 from lape_fast.identify.card import SELECTIVITY, render_card
 from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.neurons import NeuronSet
@@ -32,6 +32,10 @@ INDEX_NAME, CARD_NAME, COUNTS_NAME = "release.json", "README.md", "counts.safete
 
 # Characters; file systems take 255 bytes.
 LONGEST_NAME = 100
+
+# What is read of an ablation.
+_WORTH = {name: (None, int, float) for name in SELECTIVITY}
+ABLATION_SHAPE = {"neurons_fingerprint": str, "selectivity": {str: _WORTH}, "mean_selectivity": _WORTH}
 
 # What the index needs of a set to read it back.
 SET_FIELDS = ("name", "path", "fingerprint")
@@ -127,7 +131,8 @@ def _sets(paths: Sequence[Path], counts: ActivationCounts, ablations: Sequence[P
         raise ConfigError("A release needs at least one set of neurons; name a neuron file.")
     measured: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in ablations:
-        values = _read_ablation(path, counts)
+        values = read_ablation(path)
+        _check_model(path, values, counts)
         earlier, _ = measured.setdefault(values["neurons_fingerprint"], (path, values))
         if earlier is not path:
             raise ConfigError(f"{earlier} and {path} are ablations of the same neurons; publish one of them.")
@@ -210,25 +215,18 @@ def _check_source(path: Path, neurons: NeuronSet, counts: ActivationCounts, hash
         )
 
 
-def _read_ablation(path: Path, counts: ActivationCounts) -> dict[str, Any]:
+def read_ablation(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads the JSON that ``lape-fast ablate`` wrote.
+
+    Raises:
+        FileFormatError: it is something else, or damaged.
+    """
     values = read_json(path)
-    if not isinstance(values, dict) or values.get("kind") != "ablation" or not isinstance(
-        values.get("neurons_fingerprint"), str
-    ):
+    if not isinstance(values, dict) or values.get("kind") != "ablation":
         raise FileFormatError(f"{path} holds no ablation; name the JSON file that `lape-fast ablate` wrote.")
-    if not _is_selectivity(values.get("selectivity")):
-        raise FileFormatError(f"{path} holds a damaged ablation, without the selectivity of its languages; ablate again.")
-    _check_model(path, values, counts)
+    if not fits(values, ABLATION_SHAPE):
+        raise FileFormatError(f"{path} is a damaged ablation; name the JSON file that `lape-fast ablate` wrote.")
     return values
-
-
-def _is_selectivity(values: Any) -> bool:
-    return isinstance(values, dict) and all(
-        isinstance(found, dict)
-        and found.keys() >= set(SELECTIVITY)
-        and all(found[name] is None or type(found[name]) in (int, float) for name in SELECTIVITY)
-        for found in values.values()
-    )
 
 
 def _check_model(path: Path, metadata: dict[str, Any], counts: ActivationCounts) -> None:

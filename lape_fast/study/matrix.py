@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 import os
 from dataclasses import dataclass, field
@@ -14,12 +15,21 @@ import torch
 from torch import Tensor
 
 from lape_fast.errors import FileFormatError
-from lape_fast.files import SCHEMA_VERSION, read_json, write_json, write_text
+from lape_fast.files import SCHEMA_VERSION, fits, read_json, write_json, write_text
 
 KIND = "ablation"
 
-# What the file needs itself; everything else in it was measured or is metadata.
-STORED = ("ablated", "evaluated", "neurons", "tokens", "bytes", "base_nats", "nats")
+# What the file needs itself, each in the shape it has; everything else in it was measured or is metadata.
+_NUMBER = (int, float)
+STORED = {
+    "ablated": [str],
+    "evaluated": [str],
+    "neurons": [int],
+    "tokens": [int],
+    "bytes": [int],
+    "base_nats": [_NUMBER],
+    "nats": [[_NUMBER]],
+}
 DERIVED = (
     "base_bits_per_byte",
     "base_perplexity",
@@ -157,19 +167,30 @@ class AblationMatrix:
         values = read_json(path)
         if not isinstance(values, dict) or values.get("kind") != KIND:
             raise FileFormatError(f"{path} holds no ablation; name the JSON file that `lape-fast ablate` wrote.")
-        if values["schema_version"] > SCHEMA_VERSION:
+        if type(values.get("schema_version")) is not int or values["schema_version"] > SCHEMA_VERSION:
             raise FileFormatError(
-                f"{path} has schema version {values['schema_version']}, but this lape_fast reads up to "
+                f"{path} has schema version {values.get('schema_version')!r:.60}, but this lape_fast reads up to "
                 f"{SCHEMA_VERSION}; upgrade lape_fast."
             )
-        if missing := [name for name in STORED if name not in values]:
+        if missing := [name for name, shape in STORED.items() if not fits(values.get(name), shape)]:
             raise FileFormatError(f"{path} lacks {', '.join(missing)}; ablate again.")
         names = {"kind", "schema_version", *STORED, *DERIVED}
         metadata = {name: value for name, value in values.items() if name not in names}
-        ablated, evaluated, neurons, tokens, sizes = (tuple(values[name]) for name in STORED[:5])
-        base, nats = (torch.tensor(values[name], dtype=torch.float64) for name in STORED[5:])
-        nats = nats.view(len(ablated), len(evaluated))
-        return cls(ablated, evaluated, neurons, tokens, sizes, base, nats, metadata)
+        ablated, evaluated, neurons, tokens, sizes, base, nats = (values[name] for name in STORED)
+        columns = {len(evaluated), len(tokens), len(sizes), len(base), *map(len, nats)}
+        if len(columns) > 1 or not len(ablated) == len(neurons) == len(nats):
+            raise FileFormatError(f"{path} holds rows and columns of several lengths; ablate again.")
+        # What a tensor can hold: no length of a text, and no sum of logarithms, is beyond it.
+        whole = [*neurons, *tokens, *sizes]
+        sums = [*base, *itertools.chain(*nats)]
+        if not all(0 <= number < 2**63 for number in whole) or not all(map(_is_float, sums)):
+            raise FileFormatError(f"{path} holds numbers that nothing measured can have; ablate again.")
+        return cls(
+            *map(tuple, (ablated, evaluated, neurons, tokens, sizes)),
+            torch.tensor(base, dtype=torch.float64),
+            torch.tensor(nats, dtype=torch.float64).view(len(ablated), len(evaluated)),
+            metadata,
+        )
 
     def save_csv(self, path: str | os.PathLike) -> None:
         """Writes one line per pair of languages, atomically; every number is written in full.
@@ -197,3 +218,7 @@ class AblationMatrix:
 
     def _perplexity(self, nats: Tensor) -> Tensor:
         return (nats / torch.tensor(self.tokens, dtype=torch.float64)).exp()
+
+
+def _is_float(value: float) -> bool:
+    return type(value) is float or abs(value) < 2**1023

@@ -262,6 +262,8 @@ def _claim(output: Path, settings: dict[str, Any], world: World) -> None:
             write_json(path, settings)
         return
     earlier = read_json(path)
+    if not isinstance(earlier, dict):
+        raise FileFormatError(f"{path} holds no settings of a run; remove {output} to train again.")
     changed = [name for name in settings if earlier.get(name) != settings[name]]
     if changed:
         differences = ", ".join(f"{name} was {earlier.get(name)!r} and is {settings[name]!r}" for name in changed)
