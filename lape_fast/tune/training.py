@@ -16,8 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lape_fast.errors import ConfigError, CorpusError, FileFormatError, StoppedError, TrainingError, WorkerError
-from lape_fast.files import read_json, write_json
+from lape_fast.errors import (
+    ConfigError,
+    CorpusError,
+    FileFormatError,
+    LapeFastError,
+    StoppedError,
+    TrainingError,
+    WorkerError,
+)
+from lape_fast.files import fits, read_json, write_json
 from lape_fast.identify.distributed import OTHER_ENDED, World, joined_world
 from lape_fast.models import supports_packing
 from lape_fast.progress import progress_bar
@@ -203,8 +211,9 @@ def train(
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         start = time.perf_counter()
-        with _others_there():
-            result = trainer.train(resume_from_checkpoint=last_checkpoint(output))
+        checkpoint = last_checkpoint(output)
+        with _others_there(), _whole(checkpoint, trainer):
+            result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
     if interruption.stopped and trainer.state.global_step < steps:
         raise StoppedError(
@@ -230,10 +239,33 @@ def last_checkpoint(output: Path) -> str | None:
 
 def _is_complete(checkpoint: Path) -> bool:
     state = checkpoint / "trainer_state.json"
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    shape = {"global_step": lambda value: value == step, "log_history": [{"step": int, "epoch": (int, float)}]}
     try:
-        return state.is_file() and bool(read_json(state))
+        return state.is_file() and fits(read_json(state), shape)
     except FileFormatError:
         return False
+
+
+@contextlib.contextmanager
+def _whole(checkpoint: str | None, trainer) -> Iterator[None]:
+    """Turns what is raised before the first step of a resumed run into an error that names its checkpoint."""
+    from lape_fast.tune.callbacks import Begun
+
+    begun = Begun()
+    trainer.add_callback(begun)
+    try:
+        yield
+    except LapeFastError:
+        raise
+    # A damaged or hostile checkpoint makes transformers, torch and safetensors raise nearly anything.
+    except Exception as error:
+        if checkpoint is None or begun.a_step:
+            raise
+        raise TrainingError(
+            f"The run cannot go on from {checkpoint} ({type(error).__name__}: {str(error)[:200]}); remove it to go on "
+            "from the one before, or from the start."
+        ) from error
 
 
 @contextlib.contextmanager
