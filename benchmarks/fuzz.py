@@ -28,6 +28,7 @@ from random import Random
 from typing import Any
 
 from benchmarks.mutations import CANARY, mutate
+from lape_fast.progress import log
 
 # Seconds of one input, and bytes that a process may map beyond what it has when it starts.
 SECONDS, MEMORY = 20, 2 << 30
@@ -169,11 +170,15 @@ def campaign(inputs: int, seed: int, processes: int, names: list[str] | None = N
     given = shares(inputs, names)
     with ThreadPoolExecutor(processes) as pool:
         # The longest first.
-        rows = list(pool.map(lambda name: run_target(name, seed, given[name]), sorted(given, key=given.get)[::-1]))
-    for row in rows:
-        if row["failures"]:
-            keep_failures(row["target"], seed, row["failures"])
-    return rows
+        return list(pool.map(lambda name: _run_and_tell(name, seed, given[name]), sorted(given, key=given.get)[::-1]))
+
+
+def _run_and_tell(name: str, seed: int, inputs: int) -> dict[str, Any]:
+    row = run_target(name, seed, inputs)
+    if row["failures"]:
+        keep_failures(name, seed, row["failures"])
+    log(f"{name}: {inputs:,} inputs in {row['seconds']:,.0f} s, {len(row['failures'])} failed.")
+    return row
 
 
 def main() -> None:

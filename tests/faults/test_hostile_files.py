@@ -1,4 +1,4 @@
-"""Files from strangers: each way to mislead a reader that the fuzzer or a reviewer found, and properties of all files."""
+"""Files from strangers: each way to mislead a reader that the fuzzer or a review found, and properties of all files."""
 
 from __future__ import annotations
 
@@ -35,9 +35,8 @@ JSON = st.recursive(
 
 
 def file_of(path, tensors, **metadata):
-    """A safetensors file with any metadata as JSON; a value that is text already stands as it is."""
-    encoded = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
-    path.write_bytes(save(tensors, metadata=encoded))
+    """A safetensors file with any metadata."""
+    path.write_bytes(save(tensors, metadata={name: json.dumps(value) for name, value in metadata.items()}))
     return path
 
 
@@ -74,8 +73,8 @@ def test_a_message_is_one_printable_line_of_bounded_length():
         ("9" * 5000, "limit"),
         ("[" * 200_000, "recursion"),
         ('{"a": ' * 50_000, "recursion"),
-        ("{half", "not valid JSON"),
-        ("", "not valid JSON"),
+        ("{half", "Expecting"),
+        ("", "Expecting"),
     ],
 )
 def test_json_that_readers_trip_over_is_refused(tmp_path, text, reason):
@@ -141,7 +140,7 @@ def test_a_header_of_any_length_is_not_read(tmp_path, length):
 @pytest.mark.parametrize("version", [True, -1.5, "1", None, [1]])
 def test_a_schema_version_is_a_whole_number(tmp_path, version):
     with pytest.raises(FileFormatError, match="has no schema_version"):
-        read_metadata(counts_file(tmp_path / "c.safetensors", schema_version=json.dumps(version)))
+        read_metadata(counts_file(tmp_path / "c.safetensors", schema_version=version))
 
 
 @pytest.mark.parametrize(
@@ -160,11 +159,11 @@ def test_a_schema_version_is_a_whole_number(tmp_path, version):
 )
 def test_metadata_that_others_rely_on_are_checked(tmp_path, name, value):
     with pytest.raises(FileFormatError, match=f"says '{name}' is"):
-        ActivationCounts.load(counts_file(tmp_path / "c.safetensors", **{name: json.dumps(value)}))
+        ActivationCounts.load(counts_file(tmp_path / "c.safetensors", **{name: value}))
 
 
 def test_what_is_only_shown_may_be_anything(tmp_path):
-    counts = ActivationCounts.load(counts_file(tmp_path / "c.safetensors", note="[NaN, {}]"))
+    counts = ActivationCounts.load(counts_file(tmp_path / "c.safetensors", note=[float("nan"), {}]))
     assert counts.metadata["note"][1] == {}
 
 
@@ -176,10 +175,10 @@ def test_what_is_only_shown_may_be_anything(tmp_path):
     [
         ({"neurons_per_layer": 1 << 40}, "`neurons_per_layer` is 1099511627776"),
         ({"layers": 1 << 40}, "`layers` is 1099511627776"),
-        ({"layers": "1" * 4000}, "`layers` is 1111"),
+        ({"layers": int("1" * 4000)}, "`layers` is 1111"),
         ({"layers": True}, "`layers` is True"),
         ({"layers": 4096, "neurons_per_layer": 1 << 24}, "more than the 268,435,456 of any model"),
-        ({"layers": "NaN"}, "`layers` is nan"),
+        ({"layers": float("nan")}, "`layers` is nan"),
         ({"offsets": (0, 2)}, "must run from 0 to the 1 indices"),
         ({"offsets": (0, 1, 1)}, "must hold 2 whole numbers"),
         ({"indices": (-1,)}, "neuron index -1 is out of range"),
