@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
+import contextlib
+import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -67,14 +69,16 @@ def make_input(target, name: str, seed: int, number: int) -> bytes:
     return mutate(target.seeds, target.structure, Random(f"{seed} {name} {number}"))
 
 
-def work(name: str, seed: int, first: int, last: int) -> None:
-    """Runs a range of a target's inputs in this process, with a line of JSON for each on standard output."""
-    warnings.simplefilter("ignore")
+def work(answers: Connection, name: str, seed: int, first: int, last: int) -> None:
+    """Runs a range of a target's inputs in this process, and says what became of each."""
     import torch
 
     from benchmarks.fuzz_targets import make_targets
 
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    # Where torch and transformers talk.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         target = make_targets(Path(folder), [name])[name]
@@ -83,50 +87,52 @@ def work(name: str, seed: int, first: int, last: int) -> None:
         check(target, target.place / target.name, target.seeds[0])
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
-        _say({"ready": _peak()})
+        answers.send({"ready": _peak()})
         for number in range(first, last):
-            _say({"begin": number})
+            answers.send({"begin": number})
             # Ends the process where it stands, in Python or below.
             signal.alarm(SECONDS)
             start = time.perf_counter()
             outcome, message = check(target, target.place / target.name, make_input(target, name, seed, number))
             signal.alarm(0)
-            _say(
-                [number, outcome, message[:2_500] if outcome == "FAILED" else "", time.perf_counter() - start, _peak()]
-            )
+            answers.send((number, outcome, message, time.perf_counter() - start, _peak()))
 
 
-def run_target(name: str, seed: int, inputs: int) -> dict[str, Any]:
+def run_target(name: str, seed: int, inputs: int, worker: Callable = work) -> dict[str, Any]:
     """Runs a target's inputs in child processes, and adds up what became of them."""
+    # Forked from one that has imported everything.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.fuzz_targets"])
     outcomes: collections.Counter = collections.Counter()
     failures, slowest, peak, number, starts = [], (0.0, -1), 0, 0, 0
     begun, reading = time.perf_counter(), 0.0
     while number < inputs:
         starts += 1
-        command = [sys.executable, "-m", "benchmarks.fuzz", "--worker", name, str(seed), str(number), str(inputs)]
-        # Standard error is where torch and transformers talk; a crash is told by the exit status.
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        answers, there = context.Pipe(duplex=False)
+        child = context.Process(target=worker, args=(there, name, seed, number, inputs))
+        child.start()
+        there.close()
         ready = began = None
-        for line in child.stdout:
-            said = json.loads(line)
-            if isinstance(said, dict):
-                ready, began = said.get("ready", ready), said.get("begin", began)
-                continue
-            number, outcome, message, seconds, resident = said
-            outcomes[outcome] += 1
-            reading += seconds
-            slowest = max(slowest, (seconds, number))
-            peak = max(peak, resident - ready)
-            if outcome == "FAILED":
-                failures.append({"input": number, "message": message})
-            number += 1
-        child.stdout.close()
-        status = child.wait()
-        if status and began is None:
-            raise SystemExit(f"The worker of {name!r} ended with status {status} before its first input.")
-        if status:
+        with contextlib.suppress(EOFError):
+            while True:
+                said = answers.recv()
+                if isinstance(said, dict):
+                    ready, began = said.get("ready", ready), said.get("begin", began)
+                    continue
+                number, outcome, message, seconds, resident = said
+                outcomes[outcome] += 1
+                reading += seconds
+                slowest = max(slowest, (seconds, number))
+                peak = max(peak, resident - ready)
+                if outcome == "FAILED":
+                    failures.append({"input": number, "message": message[:2_500]})
+                number += 1
+        child.join()
+        if child.exitcode and began is None:
+            raise SystemExit(f"The worker of {name!r} ended with status {child.exitcode} before its first input.")
+        if child.exitcode:
             outcomes["FAILED"] += 1
-            died = signal.Signals(-status).name if status < 0 else f"status {status}"
+            died = signal.Signals(-child.exitcode).name if child.exitcode < 0 else f"status {child.exitcode}"
             failures.append({"input": began, "message": f"the process ended by {died}"})
             number = began + 1
     return {
@@ -182,9 +188,6 @@ def _run_and_tell(name: str, seed: int, inputs: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2], *map(int, sys.argv[3:]))
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=100_000, help="over all targets")
     parser.add_argument("--seed", type=int, default=0)
@@ -217,11 +220,6 @@ def _report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     for row in rows:
         for failure in row["failures"][:5]:
             print(f"{row['target']} {failure['input']}: {failure['message'][:300]}")  # noqa: T201
-
-
-def _say(value: Any) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
 
 
 def _peak() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -84,26 +85,21 @@ def test_a_campaign_counts_what_became_of_each_input():
     assert row["processes"] == 1 and row["failures"] == [] and 0 < row["slowest_s"] < fuzz.SECONDS
 
 
-def test_a_worker_that_hangs_or_crashes_is_started_again_behind_the_input(monkeypatch, tmp_path):
-    """A child that stands for the worker: it hangs at input 1, crashes at input 3 and reads the others."""
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import json, os, signal, sys, time\n"
-        "print(json.dumps({'ready': 0}))\n"
-        "for number in range(int(sys.argv[-2]), int(sys.argv[-1])):\n"
-        "    print(json.dumps({'begin': number}), flush=True)\n"
-        "    signal.alarm(1)\n"
-        "    if number == 1: time.sleep(60)\n"
-        "    if number == 3: os.abort()\n"
-        "    print(json.dumps([number, 'read', '', 0.5, 10]), flush=True)\n"
-    )
-    popen = fuzz.subprocess.Popen
-    monkeypatch.setattr(
-        fuzz.subprocess, "Popen", lambda command, **options: popen([command[0], script, *command[3:]], **options)
-    )
-    begun = time.monotonic()
-    row = fuzz.run_target("any", seed=0, inputs=5)
-    assert time.monotonic() - begun < 60
+def work_badly(answers, name, seed, first, last):
+    """A worker that hangs at input 1, crashes at input 3 and reads the others."""
+    answers.send({"ready": 0})
+    for number in range(first, last):
+        answers.send({"begin": number})
+        signal.alarm(1)
+        if number == 1:
+            time.sleep(60)
+        if number == 3:
+            os.abort()
+        answers.send((number, "read", "", 0.5, 10))
+
+
+def test_a_worker_that_hangs_or_crashes_is_started_again_behind_the_input():
+    row = fuzz.run_target("any", seed=0, inputs=5, worker=work_badly)
     assert row["outcomes"] == {"FAILED": 2, "read": 3} and row["processes"] == 3
     assert [(each["input"], each["message"]) for each in row["failures"]] == [
         (1, "the process ended by SIGALRM"),
