@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import pyarrow
 import torch
 import typer
@@ -280,8 +279,8 @@ def _options(folder: Path, sources: _Sources) -> Target:
     def read(path: Path) -> None:
         try:
             command.make_context("select", ["counts.safetensors", "--output", "out", "--config", str(path)])
-        except click.UsageError as error:
-            # One sentence of click's, with the option and its value.
+        except typer.BadParameter as error:
+            # A sentence of typer's, with the option and its value.
             str(error)
 
     return Target("recipe.yaml", "bytes", [RECIPE.encode(), b"min-tokens: 5\n"], read, folder)

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
@@ -196,7 +197,7 @@ def change_zip(data: bytes, others: Sequence[bytes], random: Random) -> bytes:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = [(each.filename, archive.read(each)) for each in archive.infolist()]
-    except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile):
+    except (ValueError, OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return change_bytes(data, others, random)
     # The pickle, more often than what it names.
     chosen = random.choice([*range(len(members)), 0, 0, 0])
@@ -216,7 +217,7 @@ def change_gzip(data: bytes, others: Sequence[bytes], random: Random) -> bytes:
     """Other text in a gzip file."""
     try:
         content = gzip.decompress(data)
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, ValueError, zlib.error):
         return change_bytes(data, others, random)
     return gzip.compress(change_bytes(content, [content], random), compresslevel=1)
 
