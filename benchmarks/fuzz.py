@@ -53,7 +53,8 @@ def check(target, path: Path, data: bytes) -> tuple[str, str]:
     except LapeFastError as error:
         message = str(error)
         sound = message.endswith(".") and message.isprintable() and len(message) < 2_100
-        named = any(part in message for part in (path.name, str(path.parent)))
+        # Of several files that do not fit together, any one.
+        named = path.name in message or os.getcwd() in message
         outcome = (type(error).__name__ if sound and named else "FAILED"), f"{type(error).__name__}: {message}"
     # Whatever else comes out of reading a file is what the campaign is looking for.
     except Exception as error:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,9 @@ from safetensors.torch import save
 from lape_fast.errors import FileExistsAlreadyError, FileFormatError, LapeFastError
 
 SCHEMA_VERSION = 1
+
+# What JSON spells characters beyond 16 bits with, two at a time.
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 # Bytes of a JSON file, and of the header of a safetensors file. Parsed, hostile JSON takes twenty times as much.
 LONGEST_JSON = 1 << 26
@@ -135,7 +139,11 @@ def parse_json(text: str, what: str, error_type: type[LapeFastError] = FileForma
         LapeFastError: of ``error_type``: it is not JSON, or a name stands twice in an object.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=_once)
+        if _HALF_CHARACTER.search(text):
+            # None of them may stand alone: such text can be written nowhere.
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     # Beside JSONDecodeError: numbers of too many digits, and names that stand twice. Brackets may nest too deep.
     except (ValueError, RecursionError) as error:
         raise error_type(f"{what} is not valid JSON ({error}); write it again.") from error

@@ -156,6 +156,12 @@ class _Run:
                 f"A checkpoint in {self.checkpoints.folder} holds {found} where {shapes} of int64 are needed; remove "
                 "the folder to start the run again."
             )
+        least, most = saved["counts"].flatten(1).aminmax(dim=1)
+        if (least < 0).any() or (most > saved["tokens"]).any():
+            raise FileFormatError(
+                f"A checkpoint in {self.checkpoints.folder} is damaged: its counts are negative, or above its tokens; "
+                "remove the folder to start the run again."
+            )
 
     def count_round(self, modules: list, advance: Callable, stop: _Stop, checkpoint_seconds: float) -> None:
         """Counts this process's queues up to the target of the round."""

@@ -24,6 +24,7 @@ from lape_fast.errors import ArchitectureError, ConfigError, FileFormatError, La
 from lape_fast.files import SCHEMA_VERSION, atomic_folder, fits, read_json, write_json, write_text
 from lape_fast.identify.card import SELECTIVITY, render_card
 from lape_fast.identify.counts import ActivationCounts
+from lape_fast.identify.metadata import check_metadata
 from lape_fast.identify.neurons import NeuronSet
 from lape_fast.identify.selection import MODEL_FIELDS
 
@@ -226,6 +227,7 @@ def read_ablation(path: str | os.PathLike) -> dict[str, Any]:
         raise FileFormatError(f"{path} holds no ablation; name the JSON file that `lape-fast ablate` wrote.")
     if not fits(values, ABLATION_SHAPE):
         raise FileFormatError(f"{path} is a damaged ablation; name the JSON file that `lape-fast ablate` wrote.")
+    check_metadata(path, values)
     return values
 
 

@@ -77,7 +77,10 @@ def load_adapter(
     config = read_adapter_config(folder)
     tensors = read_safetensors(Path(folder) / TENSORS_NAME)
     check_base(config["base"], model_identity(model), f"The adapter {folder}")
-    subnetwork = attach_subnetwork(model, decode_neurons(config["neurons"]), policy, storage=storage)
+    try:
+        subnetwork = attach_subnetwork(model, decode_neurons(config["neurons"]), policy, storage=storage)
+    except (FileFormatError, ArchitectureError) as error:
+        raise type(error)(f"The adapter {folder} does not fit the model: {error}") from error
     try:
         check_fingerprint(config, subnetwork.fingerprint(), f"The adapter {folder}")
         _put_values(subnetwork, tensors, folder)

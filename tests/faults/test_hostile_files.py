@@ -70,6 +70,7 @@ def test_a_message_is_one_printable_line_of_bounded_length():
     ("text", "reason"),
     [
         ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ('["\\ud800"]', "surrogates not allowed"),
         ("9" * 5000, "limit"),
         ("[" * 200_000, "recursion"),
         ('{"a": ' * 50_000, "recursion"),
@@ -351,6 +352,7 @@ def test_a_release_in_the_cache_of_the_hub_is_read_through_its_links(release, tm
         ("tokens", [2**64] * 3, "nothing measured can have"),
         ("base_nats", [10**400] * 3, "nothing measured can have"),
         ("ablated", ["mlt_Latn"], "rows and columns of several lengths"),
+        ("base_nats", ["1"] * 3, "lacks base_nats"),
     ],
 )
 def test_ablations_that_do_not_add_up_are_refused(tmp_path, name, value, message):
@@ -359,6 +361,17 @@ def test_ablations_that_do_not_add_up_are_refused(tmp_path, name, value, message
     (tmp_path / "a.json").write_text(json.dumps(values))
     with pytest.raises(FileFormatError, match=message):
         AblationMatrix.load(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("corpus", ["texts"]), ("selectivity", {"mlt_Latn": 1}), ("config_hash", 1)]
+)
+def test_an_ablation_that_cannot_be_shown_is_not_published(tmp_path, name, value):
+    target = make_targets(tmp_path, ["published ablation"])["published ablation"]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({**json.loads(target.seeds[0]), name: value}))
+    with pytest.raises(FileFormatError, match=r"a\.json"):
+        target.read(path)
 
 
 # Adapters
@@ -377,6 +390,36 @@ def test_an_adapter_whose_values_are_no_numbers_is_refused(tmp_path):
             target.read(path)
     path.write_bytes(target.seeds[0])
     target.read(path)
+
+
+@pytest.mark.parametrize("lines", [["0 1", "x"], ["1 0", ""], ["0"], ["48", "0"], [0, 1]])
+def test_neurons_that_the_model_has_not_are_refused_by_the_name_of_the_adapter(tmp_path, lines):
+    target = make_targets(tmp_path, ["adapter config"])["adapter config"]
+    path = target.place / target.name
+    path.write_text(json.dumps({**json.loads(target.seeds[0]), "neurons": lines}))
+    with pytest.raises(LapeFastError, match=f"The adapter {target.place} does not fit the model: "):
+        target.read(path)
+    path.write_bytes(target.seeds[0])
+    target.read(path)
+
+
+# Checkpoints of counting
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 40])
+def test_counts_of_a_checkpoint_that_cannot_be_are_refused(tmp_path, value):
+    from safetensors import safe_open
+    from safetensors.torch import load
+
+    target = make_targets(tmp_path, ["counting checkpoint"])["counting checkpoint"]
+    path = target.place / target.name
+    tensors = load(target.seeds[0])
+    tensors["counts"][0, 0, 0] = value
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    path.write_bytes(save(tensors, metadata=metadata))
+    with pytest.raises(FileFormatError, match="its counts are negative, or above its tokens"):
+        target.read(path)
 
 
 # Options
