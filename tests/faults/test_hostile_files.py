@@ -392,7 +392,7 @@ def test_an_adapter_whose_values_are_no_numbers_is_refused(tmp_path):
     target.read(path)
 
 
-@pytest.mark.parametrize("lines", [["0 1", "x"], ["1 0", ""], ["0"], ["48", "0"], [0, 1]])
+@pytest.mark.parametrize("lines", [["0 1", "x"], ["1 0", ""], ["0"], ["48", "0"], [[0], [1]]])
 def test_neurons_that_the_model_has_not_are_refused_by_the_name_of_the_adapter(tmp_path, lines):
     target = make_targets(tmp_path, ["adapter config"])["adapter config"]
     path = target.place / target.name
