@@ -33,7 +33,7 @@ SHAPES = {
     "dtype": str,
     "name": (None, str),
     "context_length": int,
-    "corpus": (None, {str: (None, str, [str])}),
+    "corpus": (None, {str: (None, bool, str, *NUMBER, [(str, *NUMBER)])}),
     "stability": (None, {str: {"jaccard": (None, *NUMBER), "interval": (None, _is_interval)}}),
     "shards": {str: [{"parts": [str], "lines": str, "shard": [int], "shards": int}]},
     "merged_parts": [_is_part],

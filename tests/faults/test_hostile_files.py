@@ -340,6 +340,17 @@ def test_a_release_in_the_cache_of_the_hub_is_read_through_its_links(release, tm
     assert NeuronSet.from_pretrained(snapshot).languages == NeuronSet.load(tmp_path / "neurons.safetensors").languages
 
 
+def test_metadata_of_any_depth_can_be_published(tmp_path):
+    target = make_targets(tmp_path, ["published counts"])["published counts"]
+    path = target.place / target.name
+    target.place.mkdir(exist_ok=True)
+    path.write_bytes(target.seeds[0])
+    neurons = NeuronSet.load(tmp_path / "neurons.safetensors")
+    neurons.metadata["deep"] = json.loads("[" * 400 + "]" * 400)
+    neurons.save(tmp_path / "neurons.safetensors")
+    target.read(path)
+
+
 # Ablations
 
 
