@@ -220,13 +220,11 @@ def read_ablation(path: str | os.PathLike) -> dict[str, Any]:
     """Reads the JSON that ``lape-fast ablate`` wrote.
 
     Raises:
-        FileFormatError: it is something else, or damaged.
+        FileFormatError: it is something else, or what is read of it is damaged.
     """
     values = read_json(path)
-    if not isinstance(values, dict) or values.get("kind") != "ablation":
+    if not fits(values, ABLATION_SHAPE) or values.get("kind", "ablation") != "ablation":
         raise FileFormatError(f"{path} holds no ablation; name the JSON file that `lape-fast ablate` wrote.")
-    if not fits(values, ABLATION_SHAPE):
-        raise FileFormatError(f"{path} is a damaged ablation; name the JSON file that `lape-fast ablate` wrote.")
     check_metadata(path, values)
     return values
 
