@@ -35,8 +35,12 @@ INDEX_NAME, CARD_NAME, COUNTS_NAME = "release.json", "README.md", "counts.safete
 LONGEST_NAME = 100
 
 # What is read of an ablation.
-_WORTH = {name: (None, int, float) for name in SELECTIVITY}
-ABLATION_SHAPE = {"neurons_fingerprint": str, "selectivity": {str: _WORTH}, "mean_selectivity": _WORTH}
+_NUMBER = (None, int, float)
+ABLATION_SHAPE = {
+    "neurons_fingerprint": str,
+    "selectivity": {str: dict.fromkeys(SELECTIVITY, _NUMBER)},
+    "mean_selectivity": {str: _NUMBER},
+}
 
 # What the index needs of a set to read it back.
 SET_FIELDS = ("name", "path", "fingerprint")
