@@ -9,7 +9,10 @@ from lape_fast.errors import ConfigError, FileFormatError
 from lape_fast.files import read_text
 
 # Bytes; a recipe has a few hundred.
-LONGEST = 1 << 20
+LONGEST = 1 << 16
+
+# The mapping, and a list in it.
+DEEPEST = 2
 
 PREFIX = "tag:yaml.org,2002:"
 NULL, PLAIN = f"{PREFIX}null", {f"{PREFIX}{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp")}
@@ -26,13 +29,17 @@ def read_options(path: Path) -> dict[str, Any]:
 
     try:
         text = read_text(path, LONGEST)
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ConfigError(f"The configuration {path} has an alias (`*name`); write the value where it is meant.")
+        depth = 0
+        # Event by event: PyYAML takes minutes over brackets that nest thousands deep.
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                what = "an alias (`*name`)" if depth <= DEEPEST else "lists within lists"
+                raise ConfigError(f"The configuration {path} has {what}; write plain values.")
         node = yaml.compose(text, yaml.SafeLoader)
     except ConfigError:
         raise
-    # Brackets may nest too deep.
-    except (FileFormatError, yaml.YAMLError, RecursionError, ValueError) as error:
+    except (FileFormatError, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"The configuration {path} cannot be read ({error}); give a YAML file of options.") from error
     if not isinstance(node, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
         raise ConfigError(f"The configuration {path} must be a mapping such as `seed: 0`.")
