@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from lape_fast.errors import FileFormatError
+from lape_fast.errors import ConfigError, FileFormatError
 from lape_fast.files import fits
 from lape_fast.identify.chunks import QUEUES
+from lape_fast.text.records import LineRange
 
 NUMBER = (int, float)
 
@@ -20,6 +21,13 @@ def _is_part(value: Any) -> bool:
 
 def _is_interval(value: Any) -> bool:
     return fits(value, [NUMBER]) and len(value) == 2
+
+
+def _is_lines(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(LineRange.parse(value))
+    except ConfigError:
+        return False
 
 
 # By name, where it is there; other metadata are only shown.
@@ -35,7 +43,7 @@ SHAPES = {
     "context_length": int,
     "corpus": (None, {str: (None, bool, str, *NUMBER, [(str, *NUMBER)])}),
     "stability": (None, {str: {"jaccard": (None, *NUMBER), "interval": (None, _is_interval)}}),
-    "shards": {str: [{"parts": [str], "lines": str, "shard": [int], "shards": int}]},
+    "shards": {str: [{"parts": [str], "lines": _is_lines, "shard": [int], "shards": int}]},
     "merged_parts": [_is_part],
     "part": lambda value: type(value) is int and 1 <= value <= QUEUES,
     "parts": lambda value: type(value) is int and 1 <= value <= QUEUES,

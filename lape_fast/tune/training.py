@@ -34,6 +34,23 @@ from lape_fast.text import pack_for_model, tokenize
 SETTINGS_NAME = "settings.json"
 
 
+def _is_interval(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0
+
+
+# Of the Trainer's state, what it and we compute with.
+STATE = {
+    "log_history": [{"step": int, "epoch": (int, float)}],
+    "logging_steps": _is_interval,
+    "eval_steps": _is_interval,
+    "save_steps": _is_interval,
+    "best_metric": (None, int, float),
+    "best_global_step": (None, int),
+    "best_model_checkpoint": (None, str),
+    "stateful_callbacks": dict,
+}
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """How to train; the defaults suit a subnetwork of a pretrained model.
@@ -240,9 +257,8 @@ def last_checkpoint(output: Path) -> str | None:
 def _is_complete(checkpoint: Path) -> bool:
     state = checkpoint / "trainer_state.json"
     step = int(checkpoint.name.removeprefix("checkpoint-"))
-    shape = {"global_step": lambda value: value == step, "log_history": [{"step": int, "epoch": (int, float)}]}
     try:
-        return state.is_file() and fits(read_json(state), shape)
+        return state.is_file() and fits(read_json(state), {**STATE, "global_step": lambda value: value == step})
     except FileFormatError:
         return False
 

@@ -149,6 +149,7 @@ def test_a_schema_version_is_a_whole_number(tmp_path, version):
     [
         ("corpus", "texts"),
         ("shards", {"mlt_Latn": [1]}),
+        ("shards", {"mlt_Latn": [{"parts": ["ab"], "lines": "../x", "shard": [0], "shards": 1}]}),
         ("stability", {"mlt_Latn": {"jaccard": "high", "interval": None}}),
         ("stability", {"mlt_Latn": {"jaccard": 0.5, "interval": [0.5]}}),
         # As many names would be made up for the parts that are missing.

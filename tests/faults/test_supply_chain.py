@@ -135,3 +135,14 @@ def test_a_checkpoint_of_training_runs_no_code(tmp_path, name, content):
         with pytest.raises(LapeFastError, match="checkpoint-1"):
             target.read(path)
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("save_steps", {}), ("logging_steps", 0), ("log_history", [{}])])
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_whose_state_makes_no_sense_is_not_resumed(tmp_path, name, value):
+    """The run starts again, as from a checkpoint that was not written to its end."""
+    target = make_targets(tmp_path, ["tuning state"])["tuning state"]
+    path = target.place / target.name
+    path.write_text(json.dumps({**json.loads(target.seeds[0]), name: value}))
+    target.read(path)
+    assert json.loads((target.place.parent / "checkpoint-2" / target.name).read_text())["global_step"] == 2
