@@ -109,6 +109,8 @@ def _header(index: dict[str, Any]) -> str:
 def _is_hub_id(model: Any) -> bool:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    if not isinstance(model, str):
+        return False
     try:
         validate_repo_id(model)
     except HFValidationError:

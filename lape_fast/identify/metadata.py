@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lape_fast.errors import ConfigError, FileFormatError
-from lape_fast.files import fits
+from lape_fast.files import fits, is_number
 from lape_fast.identify.chunks import QUEUES
 from lape_fast.text.records import LineRange
-
-NUMBER = (int, float)
 
 
 def _is_part(value: Any) -> bool:
@@ -20,7 +18,13 @@ def _is_part(value: Any) -> bool:
 
 
 def _is_interval(value: Any) -> bool:
-    return fits(value, [NUMBER]) and len(value) == 2
+    return fits(value, [is_number]) and len(value) == 2
+
+
+def _is_corpus(value: Any) -> bool:
+    """Whether it is what ``Corpus.describe`` gives, or as flat."""
+    flat = fits(value, {str: (None, bool, str, is_number, [(str, is_number)])})
+    return flat and fits(value.get("spec"), (None, str))
 
 
 def _is_lines(value: Any) -> bool:
@@ -32,7 +36,7 @@ def _is_lines(value: Any) -> bool:
 
 # By name, where it is there; other metadata are only shown.
 SHAPES = {
-    "model": (None, str),
+    "model": str,
     "model_type": str,
     "config_hash": str,
     "weights_hash": str,
@@ -41,8 +45,8 @@ SHAPES = {
     "dtype": str,
     "name": (None, str),
     "context_length": int,
-    "corpus": (None, {str: (None, bool, str, *NUMBER, [(str, *NUMBER)])}),
-    "stability": (None, {str: {"jaccard": (None, *NUMBER), "interval": (None, _is_interval)}}),
+    "corpus": (None, _is_corpus),
+    "stability": (None, {str: {"jaccard": (None, is_number), "interval": (None, _is_interval)}}),
     "shards": {str: [{"parts": [str], "lines": _is_lines, "shard": [int], "shards": int}]},
     "merged_parts": [_is_part],
     "part": lambda value: type(value) is int and 1 <= value <= QUEUES,

@@ -21,7 +21,7 @@ from typing import Any
 
 from lape_fast import __version__
 from lape_fast.errors import ArchitectureError, ConfigError, FileFormatError, LanguageError
-from lape_fast.files import SCHEMA_VERSION, atomic_folder, fits, read_json, write_json, write_text
+from lape_fast.files import SCHEMA_VERSION, atomic_folder, fits, is_number, read_json, write_json, write_text
 from lape_fast.identify.card import SELECTIVITY, render_card
 from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.metadata import check_metadata
@@ -35,7 +35,7 @@ INDEX_NAME, CARD_NAME, COUNTS_NAME = "release.json", "README.md", "counts.safete
 LONGEST_NAME = 100
 
 # What is read of an ablation.
-_NUMBER = (None, int, float)
+_NUMBER = (None, is_number)
 ABLATION_SHAPE = {
     "neurons_fingerprint": str,
     "selectivity": {str: dict.fromkeys(SELECTIVITY, _NUMBER)},

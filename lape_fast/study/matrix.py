@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import math
 import os
 from dataclasses import dataclass, field
@@ -15,20 +14,19 @@ import torch
 from torch import Tensor
 
 from lape_fast.errors import FileFormatError
-from lape_fast.files import SCHEMA_VERSION, fits, read_json, write_json, write_text
+from lape_fast.files import SCHEMA_VERSION, fits, is_number, read_json, write_json, write_text
 
 KIND = "ablation"
 
 # What the file needs itself, each in the shape it has; everything else in it was measured or is metadata.
-_NUMBER = (int, float)
 STORED = {
     "ablated": [str],
     "evaluated": [str],
     "neurons": [int],
     "tokens": [int],
     "bytes": [int],
-    "base_nats": [_NUMBER],
-    "nats": [[_NUMBER]],
+    "base_nats": [is_number],
+    "nats": [[is_number]],
 }
 DERIVED = (
     "base_bits_per_byte",
@@ -180,15 +178,15 @@ class AblationMatrix:
         columns = {len(evaluated), len(tokens), len(sizes), len(base), *map(len, nats)}
         if len(columns) > 1 or not len(ablated) == len(neurons) == len(nats):
             raise FileFormatError(f"{path} holds rows and columns of several lengths; ablate again.")
-        # What a tensor can hold: no length of a text, and no sum of logarithms, is beyond it.
+        # What a tensor can hold: no length of a text is beyond it.
         whole = [*neurons, *tokens, *sizes]
-        sums = [*base, *itertools.chain(*nats)]
-        if not all(0 <= number < 2**63 for number in whole) or not all(map(_is_float, sums)):
+        base, nats = torch.tensor(base, dtype=torch.float64), torch.tensor(nats, dtype=torch.float64)
+        if base.isinf().any() or (nats < 0).any() or not all(0 <= number < 2**63 for number in whole):
             raise FileFormatError(f"{path} holds numbers that nothing measured can have; ablate again.")
         return cls(
             *map(tuple, (ablated, evaluated, neurons, tokens, sizes)),
-            torch.tensor(base, dtype=torch.float64),
-            torch.tensor(nats, dtype=torch.float64).view(len(ablated), len(evaluated)),
+            base,
+            nats.view(len(ablated), len(evaluated)),
             metadata,
         )
 
@@ -218,7 +216,3 @@ class AblationMatrix:
 
     def _perplexity(self, nats: Tensor) -> Tensor:
         return (nats / torch.tensor(self.tokens, dtype=torch.float64)).exp()
-
-
-def _is_float(value: float) -> bool:
-    return type(value) is float or abs(value) < 2**1023

@@ -122,11 +122,15 @@ class LineRange:
         if text is None:
             return cls()
         first, dash, last = (part.strip() for part in str(text).partition("-"))
-        if first.isdecimal() and (last.isdecimal() or not last):
+        # More digits than any file has lines; of thousands Python makes no number.
+        short = max(len(first), len(last)) < 19
+        if short and first.isdecimal() and (last.isdecimal() or not last):
             end = int(last) if last else None if dash else int(first)
             if int(first) >= 1 and (end is None or end >= int(first)):
                 return cls(int(first), end)
-        raise ConfigError(f"{text!r} is no range of lines; write it like '1-1597', '1598-' or '7', counting from 1.")
+        raise ConfigError(
+            f"{text!r:.60} is no range of lines; write it like '1-1597', '1598-' or '7', counting from 1."
+        )
 
     def __str__(self) -> str:
         return f"{self.first}-{'' if self.last is None else self.last}"

@@ -148,8 +148,11 @@ def test_a_schema_version_is_a_whole_number(tmp_path, version):
     ("name", "value"),
     [
         ("corpus", "texts"),
+        ("corpus", {"spec": ["texts"]}),
+        ("model", None),
         ("shards", {"mlt_Latn": [1]}),
         ("shards", {"mlt_Latn": [{"parts": ["ab"], "lines": "../x", "shard": [0], "shards": 1}]}),
+        ("shards", {"mlt_Latn": [{"parts": ["ab"], "lines": "9" * 5000, "shard": [0], "shards": 1}]}),
         ("stability", {"mlt_Latn": {"jaccard": "high", "interval": None}}),
         ("stability", {"mlt_Latn": {"jaccard": 0.5, "interval": [0.5]}}),
         # As many names would be made up for the parts that are missing.
@@ -355,6 +358,10 @@ def test_metadata_of_any_depth_can_be_published(tmp_path):
 # Ablations
 
 
+# A whole number that no float can hold.
+HUGE = {"mlt_Latn": dict.fromkeys(("own", "over_next_worst", "over_mean_of_others"), 10**400)}
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -362,7 +369,7 @@ def test_metadata_of_any_depth_can_be_published(tmp_path):
         ("nats", [[1.0], [1.0, 2.0], [3.0]], "rows and columns of several lengths"),
         ("nats", "many", "lacks nats"),
         ("tokens", [2**64] * 3, "nothing measured can have"),
-        ("base_nats", [10**400] * 3, "nothing measured can have"),
+        ("base_nats", [10**400] * 3, "lacks base_nats"),
         ("ablated", ["mlt_Latn"], "rows and columns of several lengths"),
         ("base_nats", ["1"] * 3, "lacks base_nats"),
     ],
@@ -376,7 +383,8 @@ def test_ablations_that_do_not_add_up_are_refused(tmp_path, name, value, message
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("corpus", ["texts"]), ("selectivity", {"mlt_Latn": 1}), ("config_hash", 1)]
+    ("name", "value"),
+    [("corpus", ["texts"]), ("selectivity", {"mlt_Latn": 1}), ("config_hash", 1), ("selectivity", HUGE)],
 )
 def test_an_ablation_that_cannot_be_shown_is_not_published(tmp_path, name, value):
     target = make_targets(tmp_path, ["published ablation"])["published ablation"]
