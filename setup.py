@@ -26,7 +26,6 @@ REQUIREMENTS = [
     "rich",
     "safetensors",
     "typer",
-    "zstandard",
 ]
 # What only some users need, by the name of the extra: `pip install "lape-fast[quantise]"`.
 EXTRAS = {
@@ -35,7 +34,17 @@ EXTRAS = {
     "liger": ["liger-kernel>=0.8"],
     "evaluate": ["lm_eval>=0.4.13", "sacrebleu>=2.6"],
 }
-TEST_REQUIREMENTS = ["ninja", "playwright", "pybind11", "pytest", "pytest-benchmark", "pytest-timeout", "ruff"]
+TEST_REQUIREMENTS = [
+    "hypothesis",
+    "ninja",
+    "playwright",
+    "pybind11",
+    "pytest",
+    "pytest-benchmark",
+    "pytest-timeout",
+    "ruff",
+    "zstandard",
+]
 
 # The kernels choose their instruction set when they run, so no flag depends on the machine that builds. Nobody reads
 # errno or floating-point traps, and without them the compiler may turn a branch into a select.

@@ -1,8 +1,21 @@
 """Every error that lape_fast raises on purpose: a full sentence with the offending value and the fix."""
 
+# Characters of a message. It quotes what it complains about, and a hostile file can hold a name of any length.
+LONGEST_MESSAGE = 2000
+
 
 class LapeFastError(Exception):
-    """Base of all errors raised by lape_fast; the command line prints it as one sentence, without a traceback."""
+    """Base of all errors raised by lape_fast; the command line prints it as one sentence, without a traceback.
+
+    What a message quotes cannot write to the terminal: it is one line of printable characters.
+    """
+
+    def __str__(self) -> str:
+        # KeyError would print the repr of the message, with quotes around a full sentence.
+        words = " ".join(str(part) for part in self.args).split()
+        text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in " ".join(words))
+        half = LONGEST_MESSAGE // 2
+        return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
 class BackendError(LapeFastError, RuntimeError):
@@ -27,10 +40,6 @@ class DamagedFileError(CorpusError):
 
 class LanguageError(LapeFastError, KeyError):
     """A language code is unknown, or absent from the file that was asked for it."""
-
-    def __str__(self) -> str:
-        # KeyError would print the repr of the message, with quotes around a full sentence.
-        return str(self.args[0]) if self.args else ""
 
 
 class FileFormatError(LapeFastError, ValueError):

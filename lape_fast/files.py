@@ -13,6 +13,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -28,12 +29,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lape_fast.errors import FileExistsAlreadyError, FileFormatError
+from lape_fast.errors import FileExistsAlreadyError, FileFormatError, LapeFastError
 
 SCHEMA_VERSION = 1
 
 # How the hidden names end of what is not whole yet.
 UNFINISHED = ".partial"
+
+# What JSON spells characters beyond 16 bits with, two at a time.
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+
+# Bytes of a JSON file, and of the header of a safetensors file. Parsed, hostile JSON takes twenty times as much.
+LONGEST_JSON = 1 << 26
 
 
 @contextlib.contextmanager
@@ -149,12 +156,96 @@ def read_json(path: str | os.PathLike) -> Any:
     """Reads JSON.
 
     Raises:
-        FileFormatError: the file is not JSON.
+        FileFormatError: the file is missing, too long, or not JSON in which every name stands once.
+    """
+    return parse_json(read_text(path, LONGEST_JSON), str(path))
+
+
+def read_text(path: str | os.PathLike, longest: int) -> str:
+    """Reads a small file of UTF-8.
+
+    Raises:
+        FileFormatError: it cannot be read, is not UTF-8, or has more than ``longest`` bytes.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FileFormatError(f"{path} is not valid JSON ({error}); write it again.") from error
+        if not Path(path).is_file():
+            raise FileFormatError(f"{path} does not exist or is not a file; check the path.")
+        with Path(path).open("rb") as file:
+            content = file.read(longest + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileFormatError):
+            raise
+        raise FileFormatError(f"{path} cannot be read ({error}); check the path and its permissions.") from error
+    if len(content) > longest:
+        raise FileFormatError(f"{path} is longer than {longest:,} bytes, the most that is read; check which it is.")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path} is not UTF-8 ({error}); write it again.") from error
+
+
+def parse_json(text: str, what: str, error_type: type[LapeFastError] = FileFormatError) -> Any:
+    """Parses JSON that a stranger wrote.
+
+    Args:
+        text: the JSON.
+        what: where it stands, for the message.
+        error_type: what is raised.
+
+    Raises:
+        LapeFastError: of ``error_type``: it is not JSON, or a name stands twice in an object.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_once)
+        if _HALF_CHARACTER.search(text):
+            # None of them may stand alone: such text can be written nowhere.
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    # Beside JSONDecodeError: numbers of too many digits, and names that stand twice. Brackets may nest too deep.
+    except (ValueError, RecursionError) as error:
+        raise error_type(f"{what} is not valid JSON ({error}); write it again.") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for position, name in enumerate(names) if name in names[:position])
+        raise ValueError(f"the name {twice!r} stands twice in one object")
+    return values
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a float can hold."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a JSON value has a shape.
+
+    Args:
+        value: the value.
+        shape: a type, which must be the value's own; None; a tuple of shapes, one of which is enough; a list of one
+            shape, that of every element; a dict, each of whose names the value must have in its shape, or with ``str``
+            for all names; or a function that decides.
+
+    Example:
+        >>> fits({"mlt_Latn": [1, 2.5]}, {str: [is_number]})
+        True
+    """
+    if isinstance(shape, tuple):
+        return any(fits(value, each) for each in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return False
+        if str in shape:
+            return all(fits(each, shape[str]) for each in value.values())
+        return all(name in value and fits(value[name], each) for name, each in shape.items())
+    if shape is None or isinstance(shape, type):
+        return type(value) is (type(None) if shape is None else shape)
+    return bool(shape(value))
 
 
 def write_tensors(
@@ -211,12 +302,9 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     with open_safetensors(path) as file:
         raw = file.metadata() or {}
     raw.pop("format", None)
-    try:
-        metadata = {name: json.loads(value) for name, value in raw.items()}
-    except json.JSONDecodeError as error:
-        raise FileFormatError(f"{path} was not written by lape_fast: its metadata is not JSON ({error}).") from error
+    metadata = {name: parse_json(value, f"The metadata {name!r} of {path}") for name, value in raw.items()}
     version = metadata.get("schema_version")
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise FileFormatError(f"{path} was not written by lape_fast: it has no schema_version in its metadata.")
     if version > SCHEMA_VERSION:
         raise FileFormatError(
@@ -232,12 +320,33 @@ def open_safetensors(path: str | os.PathLike) -> Iterator[safe_open]:
     Raises:
         FileFormatError: missing, or not a complete safetensors file.
     """
-    if not Path(path).is_file():
-        raise FileFormatError(f"{path} does not exist or is not a file; check the path.")
+    _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
+        raise FileFormatError(f"{path} is not a complete safetensors file ({error}); write it again.") from error
+
+
+def _check_header(path: str | os.PathLike) -> None:
+    """Makes sure that a file says the same to every reader, and that its header is no longer than any of ours."""
+    try:
+        if not Path(path).is_file():
+            raise FileFormatError(f"{path} does not exist or is not a file; check the path.")
+        with Path(path).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > LONGEST_JSON:
+                raise FileFormatError(
+                    f"{path} is not a complete safetensors file (its header would have {length:,} bytes, and at most "
+                    f"{LONGEST_JSON:,} are read); write it again."
+                )
+            header = file.read(length)
+    except OSError as error:
+        raise FileFormatError(f"{path} cannot be read ({error}); check the path and its permissions.") from error
+    # The names of tensors and metadata; safetensors itself would take the last of two.
+    try:
+        parse_json(header.decode(), "the header")
+    except (UnicodeDecodeError, FileFormatError) as error:
         raise FileFormatError(f"{path} is not a complete safetensors file ({error}); write it again.") from error
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from lape_fast import __version__
 from lape_fast.errors import ConfigError, FileFormatError
-from lape_fast.files import read_json, read_metadata
+from lape_fast.files import read_metadata
 from lape_fast.identify import ActivationCounts, NeuronSet
+from lape_fast.identify.release import read_ablation
 from lape_fast.tune import describe_adapter
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "peft", "accelerate", "safetensors")
@@ -27,9 +28,6 @@ OPTIONAL = {
 }
 
 BUILD = "pip install --no-build-isolation -e . builds the native code"
-
-# What is needed of an ablation to print it beside its neurons.
-ABLATION_FIELDS = {"neurons_fingerprint", "selectivity", "mean_selectivity"}
 
 
 def describe_file(path: str | os.PathLike) -> dict[str, Any]:
@@ -83,9 +81,7 @@ def match_ablations(
     names = {neurons.fingerprint(): name for name, neurons in selections.items()}
     matched = {}
     for path in [*beside, *named]:
-        ablation = read_json(path)
-        if not isinstance(ablation, dict) or not ablation.keys() >= ABLATION_FIELDS:
-            raise FileFormatError(f"{path} holds no ablation; name the JSON file that `lape-fast ablate` wrote.")
+        ablation = read_ablation(path)
         name = names.get(ablation["neurons_fingerprint"])
         if name is not None:
             matched[name] = ablation

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from lape_fast.cli.configuration import read_options
 from lape_fast.errors import ConfigError
 
 # Options that say how a command is started and what it prints, not what it does.
@@ -18,16 +19,9 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Makes the values of a YAML file the defaults of a command; flags still win."""
     if path is None:
         return None
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The configuration {path} cannot be read ({error}); give a YAML file of options.") from error
+    values = read_options(path)
     known = {parameter.opts[0].lstrip("-"): parameter for parameter in context.command.params}
     known = {name: parameter for name, parameter in known.items() if name not in NOT_IN_CONFIG}
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ConfigError(f"The configuration {path} must be a mapping such as `seed: 0`.")
     unknown = sorted(name for name in values if name.replace("_", "-") not in known)
     if unknown:
         raise ConfigError(
@@ -37,6 +31,8 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     defaults = {}
     for name, value in values.items():
         option = known[name.replace("_", "-")]
+        if isinstance(value, list) and not option.multiple:
+            raise ConfigError(f"The configuration {path} gives {name} a list, but it takes one value; write one.")
         # One value of an option that may be repeated need not be written as a list.
         defaults[option.name] = [value] if option.multiple and not isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **defaults}

@@ -77,13 +77,15 @@ def _one_line(text: str) -> str:
     return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
-def in_words(value: Any) -> str:
-    """JSON values on one line."""
+def in_words(value: Any, levels: int = 8) -> str:
+    """JSON values on one line, down to so many levels: a stranger's may nest as deep as JSON can."""
+    if isinstance(value, dict | list) and not levels:
+        return "..."
     if isinstance(value, dict):
         given = {str(name).replace("_", " "): each for name, each in value.items() if each is not None}
-        return ", ".join(f"{name} {in_words(each)}" for name, each in given.items())
+        return ", ".join(f"{name} {in_words(each, levels - 1)}" for name, each in given.items())
     if isinstance(value, list):
-        return ", ".join(map(in_words, value))
+        return ", ".join(in_words(each, levels - 1) for each in value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -107,6 +109,8 @@ def _header(index: dict[str, Any]) -> str:
 def _is_hub_id(model: Any) -> bool:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    if not isinstance(model, str):
+        return False
     try:
         validate_repo_id(model)
     except HFValidationError:

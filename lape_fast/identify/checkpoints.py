@@ -5,16 +5,41 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lape_fast.errors import ConfigError, FileFormatError
-from lape_fast.files import read_metadata, read_tensors, write_tensors
+from lape_fast.files import fits, read_metadata, read_tensors, write_tensors
 from lape_fast.identify.chunks import Position
 from lape_fast.identify.distributed import World
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+# Of the metadata of a file; the state is checked by the stream that it goes to.
+SHAPE = {
+    "run": dict,
+    "processes": _is_number,
+    "generation": _is_number,
+    "round": _is_number,
+    "stopped": [str],
+    "positions": {
+        str: {
+            "tokens": _is_number,
+            "chunks": _is_number,
+            "documents": _is_number,
+            "ended": bool,
+            "bad_files": [str],
+            "state": (None, dict),
+        }
+    },
+}
+POSITION_FIELDS = {each.name for each in fields(Position)}
 
 
 @dataclass
@@ -120,6 +145,8 @@ class Checkpoints:
                 raise FileFormatError(
                     f"{path} is no checkpoint ({metadata.get('kind')!r}); move it out of the folder of the run."
                 )
+            if not fits(metadata, SHAPE):
+                raise FileFormatError(f"{path} is a damaged checkpoint; remove its folder to start the run again.")
         return files
 
     def _own(self) -> Path:
@@ -146,11 +173,16 @@ def _in_words(value: Any) -> str:
 
 
 def _add(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    if {name: tensor.shape for name, tensor in first.items()} != {name: each.shape for name, each in second.items()}:
+        raise FileFormatError("The checkpoints of the run do not add up; remove their folder to start it again.")
     return {name: tensor + second[name] for name, tensor in first.items()}
 
 
 def _progress(metadata: Mapping[str, Any]) -> Progress:
-    positions = {name: Position(**position) for name, position in metadata["positions"].items()}
+    positions = {
+        name: Position(**{each: position[each] for each in POSITION_FIELDS})
+        for name, position in metadata["positions"].items()
+    }
     return Progress(positions, metadata["round"], metadata["stopped"])
 
 

@@ -27,8 +27,9 @@ CHUNK_TOKENS = 1024
 # Languages are checked for stability at this many tokens, and then whenever they have half as many again.
 FIRST_ROUND_TOKENS, ROUND_GROWTH = 16384, 1.5
 
-# Documents are tokenised this many at a time.
-DOCUMENTS_PER_CALL = 64
+# Documents are tokenised this many at a time, or fewer when they have this many characters together: a tokenizer takes
+# hundreds of bytes for each.
+DOCUMENTS_PER_CALL, CHARACTERS_PER_CALL = 64, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -223,10 +224,20 @@ def _tokenized(tokenizer, stream, position: Position) -> Iterator[tuple[list[int
     skipped = position.documents
     while True:
         state = stream.state()
-        batch = list(itertools.islice(texts, DOCUMENTS_PER_CALL))
+        batch = _batch(texts)
         if not batch:
             return
         for number, tokens in enumerate(tokenize(tokenizer, batch), start=1):
             if number > skipped and tokens:
                 yield tokens, state, number
-        skipped = 0
+        skipped = max(0, skipped - len(batch))
+
+
+def _batch(texts: Iterator[str]) -> list[str]:
+    batch, size = [], 0
+    for text in itertools.islice(texts, DOCUMENTS_PER_CALL):
+        batch.append(text)
+        size += len(text)
+        if size >= CHARACTERS_PER_CALL:
+            break
+    return batch

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lape_fast.errors import ConfigError, CorpusError, StoppedError, WorkerError
+from lape_fast.errors import ConfigError, CorpusError, FileFormatError, StoppedError, WorkerError
 from lape_fast.identify.checkpoints import Checkpoints
 from lape_fast.identify.chunks import CountingSettings, Group, Position, Shard, queues, read_groups
 from lape_fast.identify.counting_ffn import by_language, count_batch, counting_ffns, set_by_language, zero_counts
@@ -144,16 +144,37 @@ class _Run:
         self.progress, saved = self.checkpoints.load()
         # Language h * G + g is half h of language g.
         self.counts = zero_counts(model, 2 * len(corpus.languages))
-        self.tokens = saved.get("tokens", torch.zeros(2 * len(corpus.languages), dtype=torch.int64))
-        if "counts" in saved:
-            set_by_language(self.counts, saved["counts"])
-            self._log("Going on from")
+        self.tokens = torch.zeros(2 * len(corpus.languages), dtype=torch.int64)
         # The last column is of those whose layer is not known.
-        shape = (2 * len(corpus.languages), len(self.counts) + 1)
-        self.non_finite = saved.get("non_finite", torch.zeros(shape, dtype=torch.int64))
+        self.non_finite = torch.zeros(len(self.tokens), len(self.counts) + 1, dtype=torch.int64)
+        if saved:
+            self._check_saved(saved)
+            set_by_language(self.counts, saved["counts"])
+            self.tokens, self.non_finite = saved["tokens"], saved["non_finite"]
+            self._log("Going on from")
         self.counted = 0
         self.seconds = self.waited = 0.0
         self.shown, self.tokens_shown = 0.0, 0
+
+    def _check_saved(self, saved: dict[str, torch.Tensor]) -> None:
+        layers, experts, languages, neurons = self.counts.shape
+        shapes = {
+            "counts": (languages, layers, experts * neurons),
+            "tokens": tuple(self.tokens.shape),
+            "non_finite": tuple(self.non_finite.shape),
+        }
+        found = {name: (tuple(values.shape), values.dtype) for name, values in saved.items()}
+        if found != {name: (shape, torch.int64) for name, shape in shapes.items()}:
+            raise FileFormatError(
+                f"A checkpoint in {self.checkpoints.folder} holds {found} where {shapes} of int64 are needed; remove "
+                "the folder to start the run again."
+            )
+        least, most = saved["counts"].flatten(1).aminmax(dim=1)
+        if (least < 0).any() or (most > saved["tokens"]).any() or (saved["non_finite"] < 0).any():
+            raise FileFormatError(
+                f"A checkpoint in {self.checkpoints.folder} is damaged: its counts are negative, or above its tokens; "
+                "remove the folder to start the run again."
+            )
 
     def count_round(self, modules: list, advance: Callable, stop: _Stop, checkpoint_seconds: float) -> None:
         """Counts this process's queues up to the target of the round."""

@@ -13,6 +13,7 @@ import torch
 
 from lape_fast.errors import ArchitectureError, FileFormatError, LanguageError, SelectionError, ShapeError
 from lape_fast.files import json_hash, read_tensors, write_tensors
+from lape_fast.identify.metadata import check_metadata
 from lape_fast.text.languages import canonical, is_language, nearest
 
 # Metadata that the file itself needs; everything else is the caller's.
@@ -181,6 +182,7 @@ class ActivationCounts:
         missing = [name for name in ("positive", "tokens") if name not in tensors]
         if missing or "languages" not in metadata:
             raise FileFormatError(f"{path} lacks {', '.join(missing) or 'its language codes'}; count again.")
+        check_metadata(path, metadata)
         kept = {name: value for name, value in metadata.items() if name not in FILE_FIELDS}
         halves = (tensors.get("first_half_positive"), tensors.get("first_half_tokens"))
         try:

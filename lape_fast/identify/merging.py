@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lape_fast.errors import ArchitectureError, ConfigError, CorpusError
+from lape_fast.errors import ArchitectureError, ConfigError, CorpusError, ShapeError
 from lape_fast.identify.chunks import CountingSettings, queues
 from lape_fast.identify.counts import ActivationCounts
 from lape_fast.identify.stability import measure_stability
@@ -82,7 +82,10 @@ def merge_files(paths: Sequence[str | os.PathLike]) -> ActivationCounts:
                 f"{path} and {other_path} hold counts of the same text of {', '.join(twice[:8])}"
                 f"{' ...' if len(twice) > 8 else ''}; leave one of them out, or count other parts or lines."
             )
-    merged = ActivationCounts.merge(parts)
+    try:
+        merged = ActivationCounts.merge(parts)
+    except (ArchitectureError, ShapeError) as error:
+        raise type(error)(f"{', '.join(map(str, paths))} do not add up: {error}") from error
     merged = merged.restrict(sorted(merged.languages))
     names = dict.fromkeys(part.metadata.get("corpus", {}).get("spec") for part in parts)
     described = [part.metadata.get("corpus", {}) for part in parts]

@@ -13,10 +13,14 @@ import torch
 from lape_fast.errors import FileFormatError, LanguageError, SelectionError, ShapeError
 from lape_fast.files import json_hash, read_tensors, write_tensors
 from lape_fast.identify.counts import INTEGER_DTYPES, check_languages, find_language
+from lape_fast.identify.metadata import check_metadata
 from lape_fast.models import check_size
 
 # Metadata that the file itself needs; everything else (rule, thresholds, source) is the maker's.
 FILE_FIELDS = ("kind", "schema_version", "languages", "layers", "neurons_per_layer")
+
+# Far beyond any model. What is computed from a set is as large as the model that it claims to be of.
+MOST_LAYERS, MOST_NEURONS_PER_LAYER, MOST_NEURONS = 1 << 12, 1 << 24, 1 << 28
 
 
 def random_like(neurons: NeuronSet, language: str, seed: int, *, per_layer: bool = False) -> NeuronSet:
@@ -85,12 +89,13 @@ def _integers(values: Any, language: str, layer: int) -> torch.Tensor:
     return indices.to("cpu", torch.int64)
 
 
-def _check_offsets(offsets: torch.Tensor, segments: int, total: int) -> None:
+def _checked_offsets(offsets: torch.Tensor, segments: int, total: int) -> torch.Tensor:
     if offsets.dtype not in INTEGER_DTYPES or list(offsets.shape) != [segments + 1]:
         raise ShapeError(
             f"`offsets` has dtype {offsets.dtype} and shape {list(offsets.shape)}; "
             f"it must hold {segments + 1} whole numbers, one more than languages x layers."
         )
+    offsets = offsets.to("cpu", torch.int64).contiguous()
     if offsets[0] != 0 or offsets[-1] != total:
         raise ShapeError(
             f"`offsets` runs from {int(offsets[0])} to {int(offsets[-1])}; it must run from 0 to the {total} indices."
@@ -98,6 +103,7 @@ def _check_offsets(offsets: torch.Tensor, segments: int, total: int) -> None:
     falls = (offsets.diff() < 0).nonzero()
     if len(falls):
         raise ShapeError(f"`offsets` falls after position {int(falls[0])}; each offset must be at least the last.")
+    return offsets
 
 
 def _by_layer(chosen: torch.Tensor) -> list[torch.Tensor]:
@@ -137,17 +143,21 @@ class NeuronSet:
     def __post_init__(self) -> None:
         self.languages = check_languages(self.languages)
         self.metadata = dict(self.metadata)
-        for name in ("layers", "neurons_per_layer"):
+        for name, most in (("layers", MOST_LAYERS), ("neurons_per_layer", MOST_NEURONS_PER_LAYER)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ShapeError(f"`{name}` is {value!r}; it must be a positive whole number.")
+            if type(value) is not int or not 1 <= value <= most:
+                raise ShapeError(f"`{name}` is {value!r:.60}; it must be a whole number from 1 to {most:,}.")
+        if self.layers * self.neurons_per_layer > MOST_NEURONS:
+            raise ShapeError(
+                f"{self.layers} layers of {self.neurons_per_layer} neurons are more than the {MOST_NEURONS:,} of any "
+                "model; check both numbers."
+            )
         if self.indices.dim() != 1 or self.indices.dtype not in INTEGER_DTYPES:
             raise ShapeError(
                 f"`indices` has dtype {self.indices.dtype} and shape {list(self.indices.shape)}; "
                 "it must be one flat row of whole numbers."
             )
-        _check_offsets(self.offsets, len(self.languages) * self.layers, len(self.indices))
-        self.offsets = self.offsets.to("cpu", torch.int64).contiguous()
+        self.offsets = _checked_offsets(self.offsets, len(self.languages) * self.layers, len(self.indices))
         indices = self.indices.to("cpu", torch.int64)
         self._check_indices(indices)
         self.indices = indices.to(torch.int32)
@@ -192,6 +202,8 @@ class NeuronSet:
         """
         languages = check_languages(list(lists))
         layers = len(lists[languages[0]])
+        if layers > MOST_LAYERS:
+            raise ShapeError(f"Language {languages[0]!r} has {layers:,} layers; no model has over {MOST_LAYERS:,}.")
         for language in languages:
             if len(lists[language]) != layers:
                 raise ShapeError(
@@ -240,6 +252,7 @@ class NeuronSet:
         missing += [name for name in FILE_FIELDS if name not in metadata]
         if missing:
             raise FileFormatError(f"{path} lacks {', '.join(missing)}; select the neurons again.")
+        check_metadata(path, metadata)
         kept = {name: value for name, value in metadata.items() if name not in FILE_FIELDS}
         try:
             return cls(
@@ -311,7 +324,7 @@ class NeuronSet:
 
     def union_count(self) -> int:
         """How many neurons belong to at least one language."""
-        return int((self._owners() > 0).sum())
+        return len(self._positions().unique())
 
     def union(self, languages: Sequence[str] | None = None) -> list[torch.Tensor]:
         """The neurons that belong to at least one of some languages: one sorted int64 tensor per layer.

@@ -21,9 +21,10 @@ from typing import Any
 
 from lape_fast import __version__
 from lape_fast.errors import ArchitectureError, ConfigError, FileFormatError, LanguageError
-from lape_fast.files import SCHEMA_VERSION, atomic_folder, read_json, write_json, write_text
-from lape_fast.identify.card import render_card
+from lape_fast.files import SCHEMA_VERSION, atomic_folder, fits, is_number, read_json, write_json, write_text
+from lape_fast.identify.card import SELECTIVITY, render_card
 from lape_fast.identify.counts import ActivationCounts
+from lape_fast.identify.metadata import check_metadata
 from lape_fast.identify.neurons import NeuronSet
 from lape_fast.identify.selection import MODEL_FIELDS
 
@@ -32,6 +33,14 @@ INDEX_NAME, CARD_NAME, COUNTS_NAME = "release.json", "README.md", "counts.safete
 
 # Characters; file systems take 255 bytes.
 LONGEST_NAME = 100
+
+# What is read of an ablation.
+_NUMBER = (None, is_number)
+ABLATION_SHAPE = {
+    "neurons_fingerprint": str,
+    "selectivity": {str: dict.fromkeys(SELECTIVITY, _NUMBER)},
+    "mean_selectivity": {str: _NUMBER},
+}
 
 # What the index needs of a set to read it back.
 SET_FIELDS = ("name", "path", "fingerprint")
@@ -127,7 +136,8 @@ def _sets(paths: Sequence[Path], counts: ActivationCounts, ablations: Sequence[P
         raise ConfigError("A release needs at least one set of neurons; name a neuron file.")
     measured: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in ablations:
-        values = _read_ablation(path, counts)
+        values = read_ablation(path)
+        _check_model(path, values, counts)
         earlier, _ = measured.setdefault(values["neurons_fingerprint"], (path, values))
         if earlier is not path:
             raise ConfigError(f"{earlier} and {path} are ablations of the same neurons; publish one of them.")
@@ -210,11 +220,16 @@ def _check_source(path: Path, neurons: NeuronSet, counts: ActivationCounts, hash
         )
 
 
-def _read_ablation(path: Path, counts: ActivationCounts) -> dict[str, Any]:
+def read_ablation(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads the JSON that ``lape-fast ablate`` wrote.
+
+    Raises:
+        FileFormatError: it is something else, or what is read of it is damaged.
+    """
     values = read_json(path)
-    if not isinstance(values, dict) or values.get("kind") != "ablation" or "neurons_fingerprint" not in values:
+    if not fits(values, ABLATION_SHAPE) or values.get("kind", "ablation") != "ablation":
         raise FileFormatError(f"{path} holds no ablation; name the JSON file that `lape-fast ablate` wrote.")
-    _check_model(path, values, counts)
+    check_metadata(path, values)
     return values
 
 
@@ -235,7 +250,7 @@ def _fetcher(source: str | os.PathLike, revision: str | None) -> Callable[[str],
             raise ConfigError(f"{folder} is a folder and has no revision {revision!r}; leave the revision out.")
         if not (folder / INDEX_NAME).is_file():
             raise FileFormatError(f"The folder {folder} holds no {INDEX_NAME}, so it is no neuron release.")
-        return folder.joinpath
+        return functools.partial(_inside, folder)
     if folder.exists() or folder.is_absolute() or os.fspath(source).startswith((".", "~")):
         raise ConfigError(f"There is no folder {source}; name the folder of a release, or its hub id as OWNER/NAME.")
 
@@ -255,8 +270,24 @@ def _fetcher(source: str | os.PathLike, revision: str | None) -> Callable[[str],
     return download
 
 
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file of a release in a folder; a link may not lead elsewhere."""
+    path, root = folder / name, folder.resolve()
+    # The hub's own cache keeps a download as links into the blobs beside it.
+    roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    try:
+        leads_out = not any(path.resolve().is_relative_to(each) for each in roots)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileFormatError(f"{path} cannot be read ({error}); get the release again.") from error
+    if leads_out:
+        raise FileFormatError(
+            f"{path} is a link to {path.resolve()}, outside the release; put the file itself into the folder."
+        )
+    return path
+
+
 def _check_index(index: Any, source: str | os.PathLike) -> None:
-    if not isinstance(index, dict) or index.get("kind") != KIND or not isinstance(index.get("schema_version"), int):
+    if not isinstance(index, dict) or index.get("kind") != KIND or type(index.get("schema_version")) is not int:
         raise FileFormatError(f"{INDEX_NAME} of {source} is not that of a neuron release.")
     if index["schema_version"] > SCHEMA_VERSION:
         raise FileFormatError(
@@ -273,4 +304,4 @@ def _is_sound(entry: Any) -> bool:
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in SET_FIELDS):
         return False
     parts = PurePosixPath(entry["path"]).parts
-    return parts[:1] == ("neurons",) and ".." not in parts
+    return parts[:1] == ("neurons",) and ".." not in parts and "\0" not in entry["path"]

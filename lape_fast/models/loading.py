@@ -70,7 +70,8 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Loads a causal language model and its tokenizer, ready to be evaluated.
 
-    A folder that exists is read without any network access. Code that comes with a checkpoint is never run.
+    A folder that exists is read without any network access. Code that comes with a checkpoint is never run, and
+    weights are read from safetensors only.
 
     Args:
         name_or_path: a folder written by ``save_pretrained``, or a hub id.
@@ -100,6 +101,7 @@ def load_model(
     options = {"local_files_only": _is_folder(name), "trust_remote_code": False}
     # The config first: an unknown architecture is refused before gigabytes of weights are read.
     config = load_config(name)
+    _refuse_pickles(name)
     quantisation = loading_options(name, config, quantise, torch_dtype, torch_device)
     tokenizer = _attempt("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, **options))
     # transformers makes an empty tokenizer of some classes when there is no file to read.
@@ -112,7 +114,13 @@ def load_model(
         "weights",
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch_dtype, output_loading_info=True, **options, **quantisation
+            name,
+            config=config,
+            dtype=torch_dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            **options,
+            **quantisation,
         ),
     )
     if missing := sorted(report["missing_keys"]):
@@ -236,6 +244,16 @@ def _is_folder(name: str) -> bool:
     if not _HUB_ID.fullmatch(name):
         raise ConfigError(f"There is no folder {name}; check the path, or name a hub id such as owner/model.")
     return False
+
+
+def _refuse_pickles(name: str) -> None:
+    folder = Path(name)
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin")) if folder.is_dir() else []
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"The weights of {name} are a pickle ({pickles[0]}), which can hold code, and only safetensors are read; "
+            "where you trust it, load it with transformers and write it again with model.save_pretrained."
+        )
 
 
 def _attempt(part: str, name: str, load: Callable[[], Any]) -> Any:

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_fast.errors import ConfigError, CorpusError, LanguageError
+from lape_fast.errors import ConfigError, CorpusError, FileFormatError, LanguageError
+from lape_fast.files import is_number
 from lape_fast.identify.counts import canonical_or_same, find_language
 from lape_fast.models import decoder, forward_hidden, layout_of, model_identity, tokenizer_hash
 from lape_fast.progress import Advance, progress_bar
@@ -37,8 +38,15 @@ from lape_fast.tune import describe_adapter, load_adapter
 KIND = "alignment"
 BASE = "base"
 
-# What the file needs itself; the rest of it is metadata.
-STORED = ("target", "pivot", "sentences", "left_out", "languages", "stages")
+# What the file needs itself, each in the shape it has; the rest of it is metadata.
+STORED = {
+    "target": str,
+    "pivot": str,
+    "sentences": int,
+    "left_out": {str: str},
+    "languages": [str],
+    "stages": {str: {str: {"languages": {str: [is_number]}}}},
+}
 
 # What is measured between two languages in a layer.
 MEASURES = (
@@ -129,11 +137,16 @@ class Alignment:
         """
         found = read_result(path, KIND, "align", STORED)
         target, pivot, sentences, left_out, languages, measured = (found.pop(name) for name in STORED)
-        curves = [
-            [[stage[name]["languages"][language] for name in MEASURES] for language in languages]
-            for stage in measured.values()
-        ]
-        values = torch.tensor(curves, dtype=torch.float64).transpose(2, 3)
+        try:
+            curves = [
+                [[stage[name]["languages"][language] for name in MEASURES] for language in languages]
+                for stage in measured.values()
+            ]
+            values = torch.tensor(curves, dtype=torch.float64).transpose(2, 3)
+            measured[BASE], languages.index(pivot)
+        # A measure, a language or layers of some curve are not there.
+        except (KeyError, ValueError, IndexError) as error:
+            raise FileFormatError(f"{path} lacks measurements ({error}); run `lape-fast align` again.") from error
         return cls(target, pivot, tuple(measured), tuple(languages), sentences, values, left_out, found)
 
 

@@ -13,13 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lape_fast.files import SCHEMA_VERSION, write_json, write_text
+from lape_fast.errors import FileFormatError
+from lape_fast.files import SCHEMA_VERSION, is_number, write_json, write_text
 from lape_fast.study.results import read_result
 
 KIND = "ablation"
 
-# What the file needs itself; everything else in it was measured or is metadata.
-STORED = ("ablated", "evaluated", "neurons", "tokens", "bytes", "base_nats", "nats")
+# What the file needs itself, each in the shape it has; everything else in it was measured or is metadata.
+STORED = {
+    "ablated": [str],
+    "evaluated": [str],
+    "neurons": [int],
+    "tokens": [int],
+    "bytes": [int],
+    "base_nats": [is_number],
+    "nats": [[is_number]],
+}
 DERIVED = (
     "base_bits_per_byte",
     "base_perplexity",
@@ -156,10 +165,21 @@ class AblationMatrix:
         """
         values = read_result(path, KIND, "ablate", STORED)
         metadata = {name: value for name, value in values.items() if name not in {*STORED, *DERIVED}}
-        ablated, evaluated, neurons, tokens, sizes = (tuple(values[name]) for name in STORED[:5])
-        base, nats = (torch.tensor(values[name], dtype=torch.float64) for name in STORED[5:])
-        nats = nats.view(len(ablated), len(evaluated))
-        return cls(ablated, evaluated, neurons, tokens, sizes, base, nats, metadata)
+        ablated, evaluated, neurons, tokens, sizes, base, nats = (values[name] for name in STORED)
+        columns = {len(evaluated), len(tokens), len(sizes), len(base), *map(len, nats)}
+        if len(columns) > 1 or not len(ablated) == len(neurons) == len(nats):
+            raise FileFormatError(f"{path} holds rows and columns of several lengths; ablate again.")
+        # What a tensor can hold: no length of a text is beyond it.
+        whole = [*neurons, *tokens, *sizes]
+        base, nats = torch.tensor(base, dtype=torch.float64), torch.tensor(nats, dtype=torch.float64)
+        if base.isinf().any() or (nats < 0).any() or not all(0 <= number < 2**63 for number in whole):
+            raise FileFormatError(f"{path} holds numbers that nothing measured can have; ablate again.")
+        return cls(
+            *map(tuple, (ablated, evaluated, neurons, tokens, sizes)),
+            base,
+            nats.view(len(ablated), len(evaluated)),
+            metadata,
+        )
 
     def save_csv(self, path: str | os.PathLike) -> None:
         """Writes one line per pair of languages, atomically; every number is written in full.

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from lape_fast.errors import ConfigError
@@ -38,10 +37,14 @@ from lape_fast.study.reading import (
 )
 from lape_fast.text.records import LineRange
 from lape_fast.tune import BaseSize, TrainingSettings
+from lape_fast.yaml_files import compose_plain
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ALL, TARGETS = "all", "targets"
+
+# How far a recipe nests: itself, a section, a mapping in it, a list in that.
+DEEPEST = 4
 
 # What a preset changes of the defaults. Neither repeats the faults of the published scripts (docs/study.md).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -334,10 +337,11 @@ def read_recipe(path: str | os.PathLike, preset: str | None = None) -> Recipe:
     """
     import yaml
 
+    node = compose_plain(path, "recipe", DEEPEST)
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The recipe {path} cannot be read ({error}); give a YAML file.") from error
+        given = yaml.constructor.SafeConstructor().construct_document(node)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"The recipe {path} cannot be read ({error}); write plain values.") from error
     return parse_recipe(given, preset)
 
 

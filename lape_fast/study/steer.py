@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape_fast.errors import ArchitectureError, ConfigError, LanguageError
+from lape_fast.errors import ArchitectureError, ConfigError, FileFormatError, LanguageError
 from lape_fast.models import FFN, ExpertFFN, check_neurons, find_ffns, forward_hidden, model_identity
 from lape_fast.progress import progress_bar
 from lape_fast.study.ablate import outgoing_scaled, refuse_overlay
@@ -27,8 +27,9 @@ from lape_fast.text import Corpus, canonical, pack_for_model, tokenize
 
 KIND = "steering"
 
-# What the file needs itself; the rest is metadata.
-STORED = ("language", "prompts", "plain", "steered", "plain_languages", "steered_languages")
+# What the file needs itself, each in the shape it has; the rest is metadata.
+TEXTS = ("prompts", "plain", "steered", "plain_languages", "steered_languages")
+STORED = {"language": str, **dict.fromkeys(TEXTS, [str])}
 
 # Says in which language a text is, as a code of this package.
 Identify = Callable[[str], str]
@@ -190,7 +191,7 @@ class Steering:
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
         accuracies = {"plain_accuracy": self.plain_accuracy, "steered_accuracy": self.steered_accuracy}
-        texts = {name: list(getattr(self, name)) for name in STORED[1:]}
+        texts = {name: list(getattr(self, name)) for name in TEXTS}
         return {**self.metadata, "language": self.language, **accuracies, **texts}
 
     def save(self, path: str | os.PathLike) -> None:
@@ -206,6 +207,8 @@ class Steering:
         """
         found = read_result(path, KIND, "steer", STORED)
         language, *texts = (found.pop(name) for name in STORED)
+        if not texts[0] or len(set(map(len, texts))) > 1:
+            raise FileFormatError(f"{path} holds no prompts, or not as many texts as prompts; steer again.")
         for derived in ("plain_accuracy", "steered_accuracy"):
             found.pop(derived, None)
         return cls(language, *map(tuple, texts), metadata=found)

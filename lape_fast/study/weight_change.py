@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lape_fast.errors import ConfigError
+from lape_fast.errors import ConfigError, FileFormatError
+from lape_fast.files import is_number
 from lape_fast.models.checkpoint import PROJECTIONS
 from lape_fast.progress import progress_bar
 from lape_fast.study.adapter_changes import Change, open_changes
@@ -19,6 +20,32 @@ from lape_fast.study.results import read_result, write_result
 from lape_fast.tune import name_adapters
 
 KIND = "weight change"
+
+# What the file needs, each in the shape it has.
+_COUNT = lambda value: type(value) is int and value > 0  # noqa: E731
+_PLACE = {"layer": int, "projection": str}
+STORED = {
+    "adapters": {str: str},
+    "changes": [
+        {
+            **_PLACE,
+            "adapter": str,
+            "neurons": _COUNT,
+            "entries": _COUNT,
+            **dict.fromkeys(("norm", "old_norm", "cosine", "effective_rank", "moved"), is_number),
+            **dict.fromkeys(("quantiles", "cosine_quantiles"), [is_number]),
+        }
+    ],
+    "shared": [
+        {
+            **_PLACE,
+            "first": str,
+            "second": str,
+            "shared": int,
+            **dict.fromkeys(("cosine", "cosine_of_rows"), (None, is_number)),
+        }
+    ],
+}
 
 # Of the absolute changes, and of the cosines, that are reported.
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -146,11 +173,15 @@ class WeightChange:
         Raises:
             FileFormatError: no weight change, of a newer schema, or incomplete.
         """
-        found = read_result(path, KIND, "weights", ("adapters", "changes", "shared"))
+        found = read_result(path, KIND, "weights", STORED)
         changes, shared = (
             tuple(kind(**{each.name: _value(row[each.name]) for each in fields(kind)}) for row in found[name])
             for kind, name in ((ProjectionChange, "changes"), (SharedChange, "shared"))
         )
+        if not {each.adapter for each in changes} <= found["adapters"].keys():
+            raise FileFormatError(
+                f"{path} names not all adapters whose changes it holds; run `lape-fast weights` again."
+            )
         return cls(found["adapters"], changes, shared)
 
 

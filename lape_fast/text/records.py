@@ -9,10 +9,19 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lape_fast.errors import ConfigError, CorpusError, DamagedFileError
 
 BLOCK_BYTES = 1 << 18
+
+# Bytes of a line, after decompression.
+LONGEST_LINE = 1 << 26
+
+# How many times its size a file may hold when it is decompressed; text is compressed to a fifth, at best a twentieth.
+# The first 64 MiB are free, for tests repeat themselves.
+MOST_EXPANSION, FREE_BYTES = 250, 1 << 26
+
 DEFAULT_COLUMNS = ("text", "content")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -67,7 +76,19 @@ def texts_of_records(records: Iterable[Mapping], text_column: str | None, source
                 f"choose another text_column among: {', '.join(record)}."
             )
         if text and not text.isspace():
+            _check_encodable(text, source)
             yield text
+
+
+def _check_encodable(text: str, source: str) -> None:
+    # JSON can spell half of a character ("\\ud800"), which no tokenizer takes.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DamagedFileError(
+            f"{source} holds a text with {ascii(text[error.start])}, half of a character, behind "
+            f"{text[: error.start][-20:]!r}; write the file again from clean text."
+        ) from error
 
 
 def choose_column(columns: Sequence[str], wanted: str | None, source: str) -> str:
@@ -101,11 +122,15 @@ class LineRange:
         if text is None:
             return cls()
         first, dash, last = (part.strip() for part in str(text).partition("-"))
-        if first.isdecimal() and (last.isdecimal() or not last):
+        # More digits than any file has lines; of thousands Python makes no number.
+        short = max(len(first), len(last)) < 19
+        if short and first.isdecimal() and (last.isdecimal() or not last):
             end = int(last) if last else None if dash else int(first)
             if int(first) >= 1 and (end is None or end >= int(first)):
                 return cls(int(first), end)
-        raise ConfigError(f"{text!r} is no range of lines; write it like '1-1597', '1598-' or '7', counting from 1.")
+        raise ConfigError(
+            f"{text!r:.60} is no range of lines; write it like '1-1597', '1598-' or '7', counting from 1."
+        )
 
     def __str__(self) -> str:
         return f"{self.first}-{'' if self.last is None else self.last}"
@@ -142,7 +167,8 @@ def _record(path: Path, offset: int, number: int, line: bytes) -> dict | None:
         return None
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
+    # Beside JSONDecodeError: a number of too many digits, and brackets that nest too deep.
+    except (ValueError, RecursionError) as error:
         raise DamagedFileError(
             f"Line {number} of {path} is not JSON ({error}); write one JSON object a line."
         ) from error
@@ -155,14 +181,21 @@ def _read_parquet(path: Path, blocks: Callable, lines: LineRange, text_column: s
     import pyarrow
     from pyarrow import parquet
 
-    def records(file: parquet.ParquetFile, column: str) -> Iterator[dict]:
+    # One value at a time: a page of a few bytes can name one text a million times.
+    def values(file: parquet.ParquetFile, column: str) -> Iterator:
         for batch in file.iter_batches(columns=[column], batch_size=1024):
-            yield from batch.to_pylist()
+            yield from (value.as_py() for value in batch.column(0))
+
+    def size(value: Any) -> int:
+        return 1 + (len(value) if isinstance(value, str) else 0)
 
     try:
         with parquet.ParquetFile(path) as file:
             column = choose_column(file.schema_arrow.names, text_column, str(path))
-            yield from texts_of_records(lines.of(records(file, column)), column, str(path))
+        # Texts that stand in a page once stay so.
+        with parquet.ParquetFile(path, read_dictionary=[column]) as file:
+            records = ({column: value} for value in _expanding(path, values(file, column), size))
+            yield from texts_of_records(lines.of(records), column, str(path))
     except UnicodeDecodeError as error:
         raise DamagedFileError(
             f"{path} holds a text that is not UTF-8: byte {error.start} of it is 0x{error.object[error.start]:02x}; "
@@ -174,15 +207,26 @@ def _read_parquet(path: Path, blocks: Callable, lines: LineRange, text_column: s
 
 def _lines(path: Path, blocks: Callable) -> Iterator[tuple[int, int, bytes]]:
     """The lines of a file: byte offset (after decompression), number from 1, bytes without the line feed."""
-    offset, rest = 0, b""
+    offset, pieces, length = 0, [], 0
     lines = itertools.count(1)
     for block in _readable(path, blocks):
-        *whole, rest = (rest + block).split(b"\n")
+        *whole, rest = block.split(b"\n")
+        if whole:
+            # Joined once, or a long line would be copied for each block of it.
+            whole[0] = b"".join([*pieces, whole[0]])
+            pieces, length = [], 0
         for line in whole:
-            yield from _without_mark(offset, next(lines), line)
+            number = next(lines)
+            yield from _without_mark(offset, number, line)
             offset += len(line) + 1
-    if rest:
-        yield from _without_mark(offset, next(lines), rest)
+        pieces.append(rest)
+        length += len(rest)
+        if length > LONGEST_LINE:
+            raise DamagedFileError(
+                f"Line {next(lines)} of {path} has more than {LONGEST_LINE:,} bytes; write one document a line."
+            )
+    if length:
+        yield from _without_mark(offset, next(lines), b"".join(pieces))
 
 
 def _without_mark(offset: int, number: int, line: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -206,9 +250,22 @@ def _decode(path: Path, offset: int, line: bytes) -> str:
 def _readable(path: Path, blocks: Callable) -> Iterator[bytes]:
     """The blocks of a file, with every way of being damaged turned into one error."""
     try:
-        yield from blocks(path)
+        yield from _expanding(path, blocks(path), len)
     except (OSError, EOFError, zlib.error) as error:
         raise DamagedFileError(f"{path} cannot be read to its end ({error}); copy or compress it again.") from error
+
+
+def _expanding(path: Path, items: Iterable, size: Callable[[Any], int]) -> Iterator:
+    """The items of a file, as long as all together have a size that its own can explain."""
+    most = max(FREE_BYTES, MOST_EXPANSION * path.stat().st_size)
+    for item in items:
+        most -= size(item)
+        if most < 0:
+            raise DamagedFileError(
+                f"{path} holds more than {MOST_EXPANSION} times its own size, as no text does; if it is what it should "
+                "be, write it again without compression."
+            )
+        yield item
 
 
 def _plain_blocks(path: Path) -> Iterator[bytes]:
@@ -224,21 +281,12 @@ def _gzip_blocks(path: Path) -> Iterator[bytes]:
 
 
 def _zstd_blocks(path: Path) -> Iterator[bytes]:
-    import zstandard
+    import pyarrow
 
-    # zstandard's own stream reader ends silently in the middle of a truncated frame, so the frames are followed here.
-    frame = None
-    try:
-        for block in _plain_blocks(path):
-            while block:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(block)
-                block = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-    except zstandard.ZstdError as error:
-        raise EOFError(str(error)) from error
-    if frame:
-        raise EOFError("the last zstd frame is incomplete")
+    # Unlike zstandard's readers it gives out no more than a block at a time, and notices a truncated frame.
+    with pyarrow.OSFile(str(path)) as file, pyarrow.CompressedInputStream(file, "zstd") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            yield block
 
 
 # File format and compression by suffix: everything that can be read.

@@ -78,7 +78,12 @@ class DocumentStream:
         """Goes to a position that a stream of the same text with the same arguments has returned as its ``state``.
 
         Files finished before it are not opened again; in the file or block where it lies, documents are read over.
+
+        Raises:
+            ConfigError: it is nothing that a stream returned.
         """
+        if not _is_state(state):
+            raise ConfigError(f"{state!r:.200} is no position in the text of {self.language}; start again without it.")
         self._part, self._before, self._within = state["part"], state["before"], state["within"]
         self._block, self._offset = state["block"], state["offset"]
         self._bad_files = dict(state["bad_files"])
@@ -118,6 +123,17 @@ class DocumentStream:
                 yield block[number]
 
 
+def _is_state(state: Any) -> bool:
+    # `within` is the part's own.
+    numbers = ("part", "before", "block", "offset")
+    return (
+        isinstance(state, dict)
+        and state.keys() == {*numbers, "within", "bad_files"}
+        and all(type(state[name]) is int and state[name] >= 0 for name in numbers)
+        and isinstance(state["bad_files"], dict)
+    )
+
+
 class Part(Protocol):
     """A run of documents of one language, such as a file or a configuration on the hub."""
 
@@ -143,6 +159,8 @@ class LocalPart:
     read: Callable[[int], Iterator[str]]
 
     def open(self, shard: int, shards: int, state: int | None) -> _LocalReading:
+        if state is not None and (type(state) is not int or state < 0):
+            raise ConfigError(f"{state!r:.200} is no position in a file; start again without it.")
         return _LocalReading(self.read, shard, shards, state or 0)
 
 

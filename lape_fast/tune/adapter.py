@@ -28,6 +28,7 @@ CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 REQUIRED = {"peft_type", "language", "base", "neurons", "replaced_values_sha256"}
+VALUE_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 # Of the base, what is compared and what is named where it differs.
 BASE_FACTS = {"config_hash", "model", "model_type", "layers", "neurons_per_layer"}
 
@@ -76,7 +77,10 @@ def load_subnetwork(
     config = read_adapter_config(folder)
     tensors = read_safetensors(Path(folder) / TENSORS_NAME)
     check_base(config["base"], model_identity(model), f"The adapter {folder}")
-    subnetwork = attach_subnetwork(model, decode_neurons(config["neurons"]), policy, storage=storage)
+    try:
+        subnetwork = attach_subnetwork(model, decode_neurons(config["neurons"]), policy, storage=storage)
+    except (FileFormatError, ArchitectureError) as error:
+        raise type(error)(f"The adapter {folder} does not fit the model: {error}") from error
     try:
         check_fingerprint(config, subnetwork.fingerprint(), f"The adapter {folder}")
         _put_values(subnetwork, tensors, folder)
@@ -115,7 +119,12 @@ def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:
             f"{folder} is not an adapter folder: it has no {CONFIG_NAME}; name the folder tune wrote."
         )
     config = read_json(path)
-    if not isinstance(config, dict) or not config.keys() >= REQUIRED or not isinstance(config["neurons"], list):
+    kinds = {"language": str, "neurons": list, "replaced_values_sha256": str}
+    if (
+        not isinstance(config, dict)
+        or not config.keys() >= REQUIRED
+        or not all(isinstance(config[name], kind) for name, kind in kinds.items())
+    ):
         raise FileFormatError(f"{path} is not the configuration of a lape_fast adapter; name the folder tune wrote.")
     return config
 
@@ -187,6 +196,11 @@ def _put_values(subnetwork: Subnetwork, tensors: dict[str, Tensor], folder: str 
                 raise FileFormatError(
                     f"{folder} is damaged: {part} of layer {layer.ffn.layer} is {found} where {list(master.shape)} is "
                     "needed; copy the adapter again."
+                )
+            if values.dtype not in VALUE_DTYPES or not values.isfinite().all():
+                raise FileFormatError(
+                    f"{folder} is damaged: {part} of layer {layer.ffn.layer} holds {values.dtype} values that are not "
+                    "all finite numbers; copy the adapter again, or train it again from its last good checkpoint."
                 )
             master.copy_(values)
     subnetwork.synchronize()

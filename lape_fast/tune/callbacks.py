@@ -130,3 +130,16 @@ class FiniteGradients(TrainerCallback):
             "last checkpoint before it is kept, and the same command resumes from it; lower the learning rate, or load "
             "the base in bfloat16 or float32 if it is float16."
         )
+
+
+class Begun(TrainerCallback):
+    """Knows whether a step was begun: what is raised before comes from the preparations.
+
+    Attributes:
+        a_step: it was.
+    """
+
+    a_step = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.a_step = True

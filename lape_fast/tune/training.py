@@ -19,8 +19,16 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lape_fast.errors import ConfigError, CorpusError, FileFormatError, StoppedError, TrainingError, WorkerError
-from lape_fast.files import read_json, write_json
+from lape_fast.errors import (
+    ConfigError,
+    CorpusError,
+    FileFormatError,
+    LapeFastError,
+    StoppedError,
+    TrainingError,
+    WorkerError,
+)
+from lape_fast.files import fits, read_json, write_json
 from lape_fast.identify.distributed import OTHER_ENDED, World, joined_world
 from lape_fast.models import supports_packing
 from lape_fast.progress import progress_bar
@@ -36,6 +44,23 @@ LONGEST_LOG = 2000
 
 # What errors say of a full disk: the system's words, and those of torch's writer.
 CANNOT_WRITE = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG), "PytorchStreamWriter")
+
+
+def _is_interval(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0
+
+
+# Of the Trainer's state, what it and we compute with.
+STATE = {
+    "log_history": [{"step": int, "epoch": (int, float)}],
+    "logging_steps": _is_interval,
+    "eval_steps": _is_interval,
+    "save_steps": _is_interval,
+    "best_metric": (None, int, float),
+    "best_global_step": (None, int),
+    "best_model_checkpoint": (None, str),
+    "stateful_callbacks": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -227,8 +252,9 @@ def train(
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         start = time.perf_counter()
-        with _others_there(), _room_on_disk(output):
-            trainer.train(resume_from_checkpoint=last_checkpoint(output))
+        checkpoint = last_checkpoint(output)
+        with _others_there(), _room_on_disk(output), _whole(checkpoint, trainer):
+            trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
     if interruption.stopped and trainer.state.global_step < steps:
         raise StoppedError(
@@ -260,8 +286,10 @@ def last_checkpoint(output: Path) -> str | None:
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint can be resumed from: a kill may have ended its writing, in any process, or its removal."""
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
     try:
-        if not read_json(checkpoint / "trainer_state.json"):
+        state = read_json(checkpoint / "trainer_state.json")
+        if not fits(state, {**STATE, "global_step": lambda value: value == step}):
             return False
         for path in checkpoint.rglob("*.safetensors"):
             with safe_open(path, framework="pt"):
@@ -272,6 +300,27 @@ def is_complete(checkpoint: Path) -> bool:
     # files and before those of the processes' random states, and the Trainer's state behind them.
     files = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
     return {"optimizer.pt", "scheduler.pt"} <= {path.name for path in files} and all(map(zipfile.is_zipfile, files))
+
+
+@contextlib.contextmanager
+def _whole(checkpoint: str | None, trainer) -> Iterator[None]:
+    """Turns what is raised before the first step of a resumed run into an error that names its checkpoint."""
+    from lape_fast.tune.callbacks import Begun
+
+    begun = Begun()
+    trainer.add_callback(begun)
+    try:
+        yield
+    except LapeFastError:
+        raise
+    # A damaged or hostile checkpoint makes transformers, torch and safetensors raise nearly anything.
+    except Exception as error:
+        if checkpoint is None or begun.a_step:
+            raise
+        raise TrainingError(
+            f"The run cannot go on from {checkpoint} ({type(error).__name__}: {str(error)[:200]}); remove it to go on "
+            "from the one before, or from the start."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -315,6 +364,8 @@ def _claim(output: Path, settings: dict[str, Any], world: World) -> None:
             write_json(path, settings)
         return
     earlier = read_json(path)
+    if not isinstance(earlier, dict):
+        raise FileFormatError(f"{path} holds no settings of a run; remove {output} to train again.")
     changed = [name for name in settings if earlier.get(name) != settings[name]]
     if changed:
         differences = ", ".join(f"{name} was {earlier.get(name)!r} and is {settings[name]!r}" for name in changed)
