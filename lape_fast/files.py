@@ -9,6 +9,7 @@ Nothing here unpickles.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -32,6 +33,9 @@ from safetensors.torch import save
 from lape_fast.errors import FileExistsAlreadyError, FileFormatError, LapeFastError
 
 SCHEMA_VERSION = 1
+
+# What errors say of a full disk: the system's words, and those of torch's writer.
+NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG), "PytorchStreamWriter")
 
 # How the hidden names end of what is not whole yet.
 UNFINISHED = ".partial"
@@ -98,6 +102,11 @@ def _unfinished(path: Path, make: Callable[..., Any]) -> tuple[Path, int]:
 def _sync(path: Path) -> None:
     with path.open("rb+") as written:
         os.fsync(written.fileno())
+
+
+def lacks_room(error: BaseException) -> bool:
+    """Whether an error says that a file could not grow; torch, safetensors and Python each have one of their own."""
+    return any(sign in str(error) for sign in NO_ROOM)
 
 
 def refuse_existing(path: str | os.PathLike) -> None:

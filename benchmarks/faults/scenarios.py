@@ -17,8 +17,23 @@ LANGUAGES = ("cym_Latn", "eng_Latn", "isl_Latn", "kat_Geor", "mlt_Latn")
 LINES = (40, 25, 3, 60, 33)
 RULE = "lape:top_rate=0.5,filter_rate=0.5,activation_bar=0.5"
 
+RECIPE = """\
+model: {folder}/base
+text: {{corpus: {folder}/texts, train: 1-20, validation: 21-23, test: 24-25}}
+targets: [mlt_Latn]
+others: [cym_Latn, kat_Geor]
+identify: {{rule: "{rule}", languages: [cym_Latn, kat_Geor, mlt_Latn], context_length: 48}}
+methods: [subnetwork, lora]
+learning_rates: [1e-2, 1e-3]
+seeds: [0, 1]
+training: {{steps: 4, rows_per_step: 2, context_length: 32}}
+evaluation: {{other_lines: 2, test_other_lines: 2, context_length: 32, batch_tokens: 64}}
+"""
+
 # What no two runs have in common.
-TIMES = ("speed", "measured_bytes", "total_flos", "date")
+TIMES = ("speed", "measured_bytes", "peak_bytes", "total_flos", "date")
+# Made of results that are compared, times included.
+MADE = ("report.html", "summary.csv")
 TIME_ENDINGS = ("seconds", "_per_second", "_runtime")
 
 
@@ -30,12 +45,10 @@ class Scenario:
         command: its arguments, for the folder of the inputs and that of its outputs.
         faults: names of ``FAULTS``.
         processes: joined as by ``torchrun``.
-        result: the file or folder, in the folder of the outputs, that holds nothing but results.
     """
 
     command: Callable[[Path, Path], Sequence[str | Path]]
     faults: tuple[str, ...]
-    result: str
     processes: int = 1
 
 
@@ -68,23 +81,27 @@ def _publish(inputs: Path, outputs: Path) -> list[str | Path]:
     return ["publish", outputs / "release", "--counts", out / "counts.safetensors", "--neurons", out / NEURONS]
 
 
+def _study(inputs: Path, outputs: Path) -> list[str | Path]:
+    return ["study", inputs / "recipe.yaml", "--output", outputs / "study"]
+
+
 NEURONS = "neurons.safetensors"
 ALONE = ("kill", "terminate", "interrupt", "disk")
 
 # A further command is one more row; its inputs are made by ``make_inputs``.
 SCENARIOS = {
-    "count": Scenario(_count, (*ALONE, "worker"), "counts.safetensors"),
-    "count on 2 processes": Scenario(_count, (*ALONE, "worker", "rank"), "counts.safetensors", processes=2),
-    "tune": Scenario(lambda *folders: _tune(*folders, "--save-every", "2"), ALONE, "adapter"),
+    "count": Scenario(_count, (*ALONE, "worker")),
+    "count on 2 processes": Scenario(_count, (*ALONE, "worker", "rank"), processes=2),
+    "tune": Scenario(lambda *folders: _tune(*folders, "--save-every", "2"), ALONE),
     "tune with validation": Scenario(
         lambda *folders: _tune(*folders, "--lines", "1-25", "--validation-lines", "26-33", "--evaluate-every", "2"),
         ALONE,
-        "adapter",
     ),
     "tune on 2 processes": Scenario(
-        lambda *folders: _tune(*folders, "--save-every", "2"), (*ALONE, "rank"), "adapter", processes=2
+        lambda *folders: _tune(*folders, "--save-every", "2"), (*ALONE, "rank"), processes=2
     ),
-    "publish": Scenario(_publish, ALONE, "release"),
+    "publish": Scenario(_publish, ALONE),
+    "study": Scenario(_study, ALONE),
 }
 
 
@@ -106,6 +123,7 @@ def make_inputs(folder: Path) -> None:
     for language, size in zip(LANGUAGES, LINES, strict=True):
         lines = [f"{language} {draw.random()} {number}" for number in range(size)]
         (folder / "texts" / f"{language}.txt").write_text("\n".join(lines))
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, rule=RULE))
     run_command(
         [
             *("identify", "--model", folder / "base", "--corpus", folder / "texts", "--output", folder / "out"),
@@ -130,8 +148,9 @@ def _content(path: Path) -> Any:
     if path.suffix == ".json":
         return _without_times(read_json(path))
     if path.suffix == ".jsonl":
-        return [_without_times(json.loads(line)) for line in path.read_text().splitlines()]
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        # A log that is appended to is whole up to its last line end.
+        return [_without_times(json.loads(line)) for line in path.read_text().rpartition("\n")[0].splitlines()]
+    return path.name if path.name in MADE else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _metadata(path: Path) -> dict[str, Any]:

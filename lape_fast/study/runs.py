@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lape_fast.errors import StoppedError
-from lape_fast.files import read_json, write_json
+from lape_fast.files import lacks_room, read_json, write_json
 from lape_fast.study.recipe import Recipe, slug
 
 RESULT_NAME = "run.json"
@@ -77,7 +77,8 @@ def perform(run: Run, runs: Path, train: Callable[[Run, Path], dict[str, Any]]) 
         result = {"status": DONE, **train(run, folder)}
     # What a method may raise has no end, and none of it may end the others.
     except Exception as error:
-        if isinstance(error, StoppedError):
+        # What is asked to stop or has no room goes on when it is started again.
+        if isinstance(error, StoppedError) or lacks_room(error):
             raise
         shutil.rmtree(folder)
         folder.mkdir()

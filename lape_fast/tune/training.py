@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import time
@@ -28,7 +27,7 @@ from lape_fast.errors import (
     TrainingError,
     WorkerError,
 )
-from lape_fast.files import fits, read_json, write_json
+from lape_fast.files import fits, lacks_room, read_json, write_json
 from lape_fast.identify.distributed import OTHER_ENDED, World, joined_world
 from lape_fast.models import supports_packing
 from lape_fast.progress import progress_bar
@@ -41,9 +40,6 @@ SETTINGS_NAME = "settings.json"
 
 # Entries of the training loss; up to so many steps each has its own.
 LONGEST_LOG = 2000
-
-# What errors say of a full disk: the system's words, and those of torch's writer.
-CANNOT_WRITE = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG), "PytorchStreamWriter")
 
 
 def _is_interval(value: Any) -> bool:
@@ -336,11 +332,11 @@ def _others_there() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _room_on_disk(output: Path) -> Iterator[None]:
-    """One sentence where torch, safetensors and Python each have an error of their own for a file that cannot grow."""
+    """One sentence for whatever is raised where a checkpoint cannot grow."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not any(sign in str(error) for sign in CANNOT_WRITE):
+        if not lacks_room(error):
             raise
         reason = str(error).strip().splitlines()[0]
         raise TrainingError(
