@@ -52,7 +52,7 @@ def check(target, path: Path, data: bytes) -> tuple[str, str]:
         outcome = "read", ""
     except LapeFastError as error:
         message = str(error)
-        sound = message.endswith(".") and message.isprintable() and len(message) < 2_100
+        sound = message.endswith((".", "?")) and message.isprintable() and len(message) < 2_100
         # Of several files that do not fit together, any one.
         named = path.name in message or os.getcwd() in message
         outcome = (type(error).__name__ if sound and named else "FAILED"), f"{type(error).__name__}: {message}"

@@ -11,41 +11,37 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import torch
 import typer
 from pyarrow import parquet
 
+from benchmarks.fuzz_reports import REPORTS
+from benchmarks.fuzz_sources import LANGUAGES, LAYERS, NEURONS, Sources, Target, make_sources
 from lape_fast.cli import app
 from lape_fast.identify import (
     ActivationCounts,
     CountingSettings,
-    Lape,
     NeuronSet,
     count_activations,
     export_masks,
     import_masks,
     merge_files,
     publish_release,
-    select_neurons,
 )
 from lape_fast.information import describe_file, match_ablations
-from lape_fast.study import AblationMatrix
+from lape_fast.study import AblationMatrix, read_recipe
 from lape_fast.text import open_corpus
-from lape_fast.tune import attach_subnetwork, load_adapter
+from lape_fast.tune import attach_subnetwork, dense, load_adapter
 from lape_fast.tune.adapter import CONFIG_NAME, TENSORS_NAME, write_adapter
 from lape_fast.tune.training import SETTINGS_NAME, TrainingSettings, pack_documents, train
-
-LANGUAGES, LAYERS, NEURONS = ["mlt_Latn", "cym_Latn", "srp_Cyrl"], 2, 48
 
 TEXT = "Il-qattus qagħad fuq it-tapit.\r\n\n  Bonġu, dinja!  \nმშვიდობა 日本語 שלום\n<bos> is text.\n"
 RECORDS = "".join(json.dumps({"id": number, "text": line}) + "\n" for number, line in enumerate(TEXT.splitlines()))
 
-RECIPE = """\
+OPTIONS = """\
 # A recipe.
 rule: [lape:top_rate=0.05, "percentile"]
 min-tokens: 1_000
@@ -53,74 +49,14 @@ languages: mlt_Latn, cym_Latn
 """
 
 
-@dataclass(frozen=True)
-class Target:
-    """A kind of file.
-
-    Attributes:
-        name: of the file.
-        structure: its format, for the changes to it.
-        seeds: whole files.
-        read: reads the file as lape_fast does; it has the path from the target's own folder.
-        place: where the file goes.
-    """
-
-    name: str
-    structure: str
-    seeds: Sequence[bytes]
-    read: Callable[[Path], Any]
-    place: Path
-
-
 def make_targets(folder: Path, names: Sequence[str] = ()) -> dict[str, Target]:
     """The targets by name, with all that they need below a folder; only some of them where names are given."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = names or list(MAKERS)
-    return {name: MAKERS[name](folder / name, _sources(folder)) for name in wanted}
+    return {name: MAKERS[name](folder / name, make_sources(folder)) for name in wanted}
 
 
-@dataclass(frozen=True)
-class _Sources:
-    counts: ActivationCounts
-    counts_path: Path
-    neurons: NeuronSet
-    neurons_path: Path
-    ablation: dict[str, Any]
-
-
-def _sources(folder: Path) -> _Sources:
-    generator = torch.Generator().manual_seed(0)
-    positive = torch.randint(0, 100, (len(LANGUAGES), LAYERS, NEURONS), generator=generator)
-    metadata = {
-        "model": "owner/tiny",
-        "config_hash": "c" * 64,
-        "tokenizer_hash": "t" * 64,
-        "context_length": 512,
-        "corpus": {"spec": "texts", "lines": "1-90", "text_column": None, "languages": LANGUAGES},
-        "stability": {code: {"jaccard": 0.5, "interval": [0.4, 0.6], "ended": "text"} for code in LANGUAGES},
-        "shards": {code: [{"parts": ["ab"], "lines": "1-", "shard": [0], "shards": 2}] for code in LANGUAGES},
-        "merged_parts": [[1, 2]],
-        "part": 1,
-        "parts": 2,
-        "skipped_files": ["mlt_Latn.txt is damaged."],
-    }
-    tokens = torch.full((len(LANGUAGES),), 100)
-    counts = ActivationCounts(positive, tokens, LANGUAGES, metadata, positive // 2, tokens // 2)
-    neurons = select_neurons(counts, Lape(top_rate=0.2, filter_rate=0.5, activation_bar=0.5))
-    neurons.metadata["name"] = "lape-20"
-    paths = folder / "counts.safetensors", folder / "neurons.safetensors"
-    counts.save(paths[0])
-    neurons.save(paths[1])
-    count = len(LANGUAGES)
-    nats = torch.rand(count, count, generator=generator, dtype=torch.float64) + 50
-    facts = {"config_hash": "c" * 64, "neurons_fingerprint": neurons.fingerprint(), "corpus": metadata["corpus"]}
-    matrix = AblationMatrix(
-        tuple(LANGUAGES), tuple(LANGUAGES), (5,) * count, (20,) * count, (90,) * count, nats[0], nats, facts
-    )
-    return _Sources(counts, paths[0], neurons, paths[1], matrix.to_json())
-
-
-def _counts(folder: Path, sources: _Sources) -> Target:
+def _counts(folder: Path, sources: Sources) -> Target:
     def read(path: Path) -> None:
         counts = ActivationCounts.load(path)
         json.dumps(counts.summary())
@@ -131,7 +67,7 @@ def _counts(folder: Path, sources: _Sources) -> Target:
     return Target("counts.safetensors", "safetensors", [sources.counts_path.read_bytes()], read, folder)
 
 
-def _merge(folder: Path, sources: _Sources) -> Target:
+def _merge(folder: Path, sources: Sources) -> Target:
     other = folder.parent / "other.safetensors"
     metadata = {**sources.counts.metadata, "part": 2}
     metadata["shards"] = {
@@ -147,7 +83,7 @@ def _merge(folder: Path, sources: _Sources) -> Target:
     )
 
 
-def _neurons(folder: Path, sources: _Sources) -> Target:
+def _neurons(folder: Path, sources: Sources) -> Target:
     def read(path: Path) -> None:
         describe_file(path)
         repr(NeuronSet.load(path))
@@ -155,7 +91,7 @@ def _neurons(folder: Path, sources: _Sources) -> Target:
     return Target("neurons.safetensors", "safetensors", [sources.neurons_path.read_bytes()], read, folder)
 
 
-def _mask(folder: Path, sources: _Sources) -> Target:
+def _mask(folder: Path, sources: Sources) -> Target:
     folder.mkdir(parents=True, exist_ok=True)
     export_masks(sources.neurons, folder / "seed.pth")
     lists = [[layer.int() for layer in sources.neurons[code]] for code in LANGUAGES]
@@ -165,19 +101,19 @@ def _mask(folder: Path, sources: _Sources) -> Target:
     return Target("mask.pth", "zip", seeds, lambda path: import_masks(path, LANGUAGES, NEURONS), folder)
 
 
-def _released(folder: Path, sources: _Sources) -> Path:
+def _released(folder: Path, sources: Sources) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     publish_release(folder, sources.counts_path, [sources.neurons_path])
     return folder
 
 
-def _release_index(folder: Path, sources: _Sources) -> Target:
+def _release_index(folder: Path, sources: Sources) -> Target:
     release = _released(folder / "release", sources)
     seed = (release / "release.json").read_bytes()
     return Target("release.json", "json", [seed], lambda path: NeuronSet.from_pretrained(path.parent), release)
 
 
-def _release_neurons(folder: Path, sources: _Sources) -> Target:
+def _release_neurons(folder: Path, sources: Sources) -> Target:
     release = _released(folder / "release", sources)
     return Target(
         "neurons.safetensors",
@@ -188,7 +124,7 @@ def _release_neurons(folder: Path, sources: _Sources) -> Target:
     )
 
 
-def _publish(folder: Path, sources: _Sources) -> Target:
+def _publish(folder: Path, sources: Sources) -> Target:
     def read(path: Path) -> None:
         try:
             publish_release(folder / "out", path, [sources.neurons_path])
@@ -198,7 +134,7 @@ def _publish(folder: Path, sources: _Sources) -> Target:
     return Target("counts.safetensors", "safetensors", [sources.counts_path.read_bytes()], read, folder)
 
 
-def _ablation(folder: Path, sources: _Sources) -> Target:
+def _ablation(folder: Path, sources: Sources) -> Target:
     def read(path: Path) -> None:
         match_ablations({"neurons": sources.neurons}, beside=[path])
         matrix = AblationMatrix.load(path)
@@ -209,7 +145,7 @@ def _ablation(folder: Path, sources: _Sources) -> Target:
     return Target("ablation.json", "json", [seed], read, folder)
 
 
-def _published_ablation(folder: Path, sources: _Sources) -> Target:
+def _published_ablation(folder: Path, sources: Sources) -> Target:
     def read(path: Path) -> None:
         try:
             publish_release(folder / "out", sources.counts_path, [sources.neurons_path], [path])
@@ -250,8 +186,8 @@ def _tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>")
 
 
-def _adapter(name: str, structure: str) -> Callable[[Path, _Sources], Target]:
-    def make(folder: Path, sources: _Sources) -> Target:
+def _adapter(name: str, structure: str) -> Callable[[Path, Sources], Target]:
+    def make(folder: Path, sources: Sources) -> Target:
         model = _tiny_model()
         folder.mkdir(parents=True, exist_ok=True)
         subnetwork = attach_subnetwork(model, sources.neurons["mlt_Latn"])
@@ -272,7 +208,31 @@ def _adapter(name: str, structure: str) -> Callable[[Path, _Sources], Target]:
     return make
 
 
-def _options(folder: Path, sources: _Sources) -> Target:
+def _dense(name: str, structure: str) -> Callable[[Path, Sources], Target]:
+    def make(folder: Path, sources: Sources) -> Target:
+        model = _tiny_model()
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {path: model.get_parameter(path).data.clone() + 1 for path in dense.projection_names(model)}
+        adapter = dense.DenseWeights(model, values)
+        adapter.write(folder, {"method": "ffn", "language": "mlt_Latn"})
+        adapter.detach(keep=False)
+
+        def read(path: Path) -> None:
+            describe_file(folder)
+            load_adapter(model, folder).detach(keep=False)
+
+        return Target(name, structure, [(folder / name).read_bytes()], read, folder)
+
+    return make
+
+
+def _recipe(folder: Path, sources: Sources) -> Target:
+    recipes = Path(__file__).parents[1] / "recipes"
+    seeds = [(recipes / name).read_bytes() for name in ("quick.yaml", "paper-llama-3.1-8b.yaml")]
+    return Target("recipe.yaml", "bytes", seeds, lambda path: read_recipe(path).to_json(), folder)
+
+
+def _options(folder: Path, sources: Sources) -> Target:
     command = typer.main.get_command(app).commands["select"]
 
     def read(path: Path) -> None:
@@ -282,17 +242,17 @@ def _options(folder: Path, sources: _Sources) -> Target:
             # A sentence of typer's, with the option and its value.
             str(error)
 
-    return Target("recipe.yaml", "bytes", [RECIPE.encode(), b"min-tokens: 5\n"], read, folder)
+    return Target("recipe.yaml", "bytes", [OPTIONS.encode(), b"min-tokens: 5\n"], read, folder)
 
 
-def _corpus(suffix: str, structure: str, seeds: Sequence[bytes]) -> Callable[[Path, _Sources], Target]:
+def _corpus(suffix: str, structure: str, seeds: Sequence[bytes]) -> Callable[[Path, Sources], Target]:
     def read(path: Path) -> None:
         stream = open_corpus(path).stream("mlt_Latn", seed=0, shards=2)
         for text in stream:
             text.encode()
         stream.restore(stream.state())
 
-    def make(folder: Path, sources: _Sources) -> Target:
+    def make(folder: Path, sources: Sources) -> Target:
         return Target(f"mlt_Latn{suffix}", structure, seeds, read, folder)
 
     return make
@@ -308,7 +268,7 @@ def _parquet_seeds() -> list[bytes]:
     return seeds
 
 
-def _checkpoint(folder: Path, sources: _Sources) -> Target:
+def _checkpoint(folder: Path, sources: Sources) -> Target:
     model, tokenizer = _tiny_model(), _tiny_tokenizer()
     texts, saved = folder / "texts", folder / "run"
     texts.mkdir(parents=True, exist_ok=True)
@@ -327,8 +287,8 @@ def _checkpoint(folder: Path, sources: _Sources) -> Target:
     return Target(name, "safetensors", [seed], read, saved)
 
 
-def _tuning_checkpoint(name: str, structure: str) -> Callable[[Path, _Sources], Target]:
-    def make(folder: Path, sources: _Sources) -> Target:
+def _tuning_checkpoint(name: str, structure: str) -> Callable[[Path, Sources], Target]:
+    def make(folder: Path, sources: Sources) -> Target:
         model, run = _tiny_model(), folder / "run"
         shutil.rmtree(run, ignore_errors=True)
         attach_subnetwork(model, sources.neurons["mlt_Latn"])
@@ -354,7 +314,7 @@ def _tuning_checkpoint(name: str, structure: str) -> Callable[[Path, _Sources], 
     return make
 
 
-MAKERS: dict[str, Callable[[Path, _Sources], Target]] = {
+MAKERS: dict[str, Callable[[Path, Sources], Target]] = {
     "counts": _counts,
     "merged counts": _merge,
     "neurons": _neurons,
@@ -366,17 +326,21 @@ MAKERS: dict[str, Callable[[Path, _Sources], Target]] = {
     "published ablation": _published_ablation,
     "adapter config": _adapter(CONFIG_NAME, "json"),
     "adapter tensors": _adapter(TENSORS_NAME, "safetensors"),
+    "dense config": _dense(dense.CONFIG_NAME, "json"),
+    "dense tensors": _dense(dense.TENSORS_NAME, "safetensors"),
     "options": _options,
     "text": _corpus(".txt", "bytes", [TEXT.encode()]),
     "jsonl": _corpus(".jsonl", "bytes", [RECORDS.encode()]),
     "text gz": _corpus(".txt.gz", "gzip", [gzip.compress(TEXT.encode())]),
     "jsonl zst": _corpus(".jsonl.zst", "zstd", [pyarrow.compress(RECORDS.encode(), "zstd", asbytes=True)]),
     "parquet": _corpus(".parquet", "bytes", _parquet_seeds()),
+    "recipe": _recipe,
     "counting checkpoint": _checkpoint,
     "tuning settings": _tuning_checkpoint(SETTINGS_NAME, "json"),
     "tuning state": _tuning_checkpoint("trainer_state.json", "json"),
     "tuning optimizer": _tuning_checkpoint("optimizer.pt", "zip"),
     "tuning rng": _tuning_checkpoint("rng_state.pth", "zip"),
+    **REPORTS,
 }
 
 # How many inputs a target gets, beside 1: more where strangers' files are read, fewer where each takes long.
@@ -388,6 +352,8 @@ SHARES = {
     "ablation": 2.0,
     "adapter config": 0.5,
     "adapter tensors": 0.5,
+    "dense config": 0.2,
+    "dense tensors": 0.2,
     "published counts": 0.2,
     "published ablation": 0.2,
     "counting checkpoint": 0.2,
@@ -395,4 +361,7 @@ SHARES = {
     "tuning state": 0.01,
     "tuning optimizer": 0.01,
     "tuning rng": 0.01,
+    "atlas neurons": 0.1,
+    "atlas counts": 0.1,
+    "study results": 0.01,
 }

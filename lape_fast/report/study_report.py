@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lape_fast.errors import FileFormatError
+from matplotlib.figure import Figure
+
+from lape_fast.errors import FileFormatError, LapeFastError
 from lape_fast.files import read_json, write_json, write_text
 from lape_fast.report.canvas import save_figure
 from lape_fast.report.figures import language_label
@@ -41,18 +43,18 @@ def report_study(folder: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise FileFormatError(f"{path} does not exist; run the study first, or name the folder of its results.")
     results = read_json(path)
-    summary = summarise(results)
-    if not any(facts["gain"] for facts in summary["methods"].values()):
+    try:
+        summary = _summary(results, path)
+        figures = _figures(summary)
+        sections = _sections(results, summary, figures)
+    # Only the study writes such a file. What changed it may have changed anything in it.
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, LapeFastError):
+            raise
         raise FileFormatError(
-            f"{path} holds no run that was tested, so there is nothing to report; {len(summary['failed'])} failed."
-        )
-    summary["verdict"] = verdict(summary)
-    figures = {
-        "curves": averaged_curves(summary),
-        "curves-by-language": language_curves(summary),
-        "learning-rates": learning_rates(summary),
-        "dynamics": training_dynamics(summary),
-    }
+            f"{path} holds no results of a study as they were written ({type(error).__name__}: {error!s:.100}); run the "
+            "study again to have them written anew."
+        ) from error
     write_json(folder / SUMMARY_NAME, summary)
     write_text(folder / TABLE_NAME, to_csv(summary))
     for name, figure in figures.items():
@@ -62,9 +64,28 @@ def report_study(folder: str | os.PathLike) -> dict[str, Any]:
         folder / REPORT_NAME,
         title=f"{len(summary['methods'])} ways to tune {languages}",
         lead=" ".join(summary["verdict"][:1]),
-        sections=_sections(results, summary, figures),
+        sections=sections,
     )
     return summary
+
+
+def _summary(results: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    summary = summarise(results)
+    if not any(facts["gain"] for facts in summary["methods"].values()):
+        raise FileFormatError(
+            f"{path} holds no run that was tested, so there is nothing to report; {len(summary['failed'])} failed."
+        )
+    summary["verdict"] = verdict(summary)
+    return summary
+
+
+def _figures(summary: Mapping[str, Any]) -> dict[str, Figure]:
+    return {
+        "curves": averaged_curves(summary),
+        "curves-by-language": language_curves(summary),
+        "learning-rates": learning_rates(summary),
+        "dynamics": training_dynamics(summary),
+    }
 
 
 def summary_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lape_fast.errors import ConfigError
+from lape_fast.errors import ConfigError, LapeFastError
 from lape_fast.study.reading import (
     DEFAULT,
     a_flag,
@@ -342,7 +342,10 @@ def read_recipe(path: str | os.PathLike, preset: str | None = None) -> Recipe:
         given = yaml.constructor.SafeConstructor().construct_document(node)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"The recipe {path} cannot be read ({error}); write plain values.") from error
-    return parse_recipe(given, preset)
+    try:
+        return parse_recipe(given, preset)
+    except LapeFastError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def parse_recipe(given: Any, preset: str | None = None) -> Recipe:

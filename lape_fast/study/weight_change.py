@@ -22,8 +22,8 @@ from lape_fast.tune import name_adapters
 KIND = "weight change"
 
 # What the file needs, each in the shape it has.
-_COUNT = lambda value: type(value) is int and value > 0  # noqa: E731
-_PLACE = {"layer": int, "projection": str}
+_COUNT = lambda value: type(value) is int and 0 < value < 2**63  # noqa: E731
+_PLACE = {"layer": lambda value: type(value) is int and 0 <= value < 2**31, "projection": str}
 STORED = {
     "adapters": {str: str},
     "changes": [

@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lape_fast.errors import ArchitectureError, FileFormatError
-from lape_fast.files import SCHEMA_VERSION, read_json, read_tensors, write_json, write_tensors
+from lape_fast.files import SCHEMA_VERSION, fits, read_json, read_tensors, write_json, write_tensors
 from lape_fast.models import FFN, decoder, dense_ffns, model_identity
 from lape_fast.tune.adapter import check_base, check_fingerprint
 from lape_fast.tune.subnetwork_ffn import master_dtype
 
 CONFIG_NAME, TENSORS_NAME = "dense_config.json", "trained_weights.safetensors"
+
+# What is read of the configuration.
+CONFIG_SHAPE = {"kind": str, "base": dict, "replaced_values_sha256": str}
 KIND = "trained-weights"
 
 OTHER = "other"
@@ -172,7 +175,7 @@ def load_dense(model: nn.Module, folder: str | os.PathLike) -> DenseWeights:
     """
     path, what = Path(folder) / CONFIG_NAME, f"The adapter {folder}"
     config = read_json(path)
-    if not isinstance(config, dict) or config.get("kind") != KIND or not config.keys() >= {"base"}:
+    if not fits(config, CONFIG_SHAPE) or config["kind"] != KIND:
         raise FileFormatError(f"{path} is not the configuration of a dense adapter; name the folder tune wrote.")
     tensors, _ = read_tensors(Path(folder) / TENSORS_NAME, KIND)
     check_base(config["base"], model_identity(model), what)

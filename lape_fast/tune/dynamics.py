@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lape_fast.errors import FileFormatError
-from lape_fast.files import write_text
+from lape_fast.files import LONGEST_JSON, fits, is_number, parse_json, read_text, write_text
 
 if TYPE_CHECKING:
     from lape_fast.tune.training import Rows
@@ -35,6 +35,13 @@ if TYPE_CHECKING:
 DYNAMICS_NAME = "dynamics.jsonl"
 
 TOTAL = "total"
+
+# The shapes of what every record has, and of what one may have.
+KNOWN = {"step": int, "tokens": int, "seconds": is_number}
+MORE = [
+    *((name, is_number) for name in ("loss", "learning_rate", "validation_loss")),
+    *((name, {str: is_number}) for name in ("gradient_norm", "update_norm", "change_norm", "measured")),
+]
 
 # How often the trained values are kept beside themselves: those of the start, and those before a recorded step.
 COPIES = 2
@@ -215,7 +222,7 @@ def read_dynamics(path: str | os.PathLike) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileFormatError(f"{path} does not exist; name the folder of an adapter that tune wrote.")
     records = _whole_lines(path)
-    if len(records) != len(path.read_text(encoding="utf-8").splitlines()):
+    if len(records) != len(read_text(path, LONGEST_JSON).splitlines()):
         raise FileFormatError(f"Line {len(records) + 1} of {path} is not a record of training; tune again.")
     return records
 
@@ -269,12 +276,12 @@ def _line(record: Mapping[str, Any]) -> str:
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The records up to the first line that is cut off."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in read_text(path, LONGEST_JSON).splitlines() if path.exists() else []:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line, str(path))
+        except FileFormatError:
             break
-        if not isinstance(record, dict) or "step" not in record:
+        if not fits(record, KNOWN) or any(name in record and not fits(record[name], shape) for name, shape in MORE):
             break
         records.append(record)
     return records
