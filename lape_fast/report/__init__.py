@@ -2,8 +2,8 @@
 
 from lape_fast.report.analyses import alignment_curves, steered_languages, weight_change_map
 from lape_fast.report.atlas import render_atlas
-from lape_fast.report.dynamics import training_dynamics
 from lape_fast.report.canvas import figure_paths, figure_svg, save_figure
+from lape_fast.report.dynamics import training_dynamics
 from lape_fast.report.figures import (
     ablation_heatmap,
     language_change,
@@ -14,6 +14,7 @@ from lape_fast.report.figures import (
 )
 from lape_fast.report.page import Picture, Section, Table, render_report
 from lape_fast.report.study_report import report_study, summary_table
+from lape_fast.report.tuning_report import report_tuning
 
 __all__ = [
     "Picture",
@@ -31,6 +32,7 @@ __all__ = [
     "render_atlas",
     "render_report",
     "report_study",
+    "report_tuning",
     "save_figure",
     "steered_languages",
     "summary_table",
