@@ -125,7 +125,7 @@ def _sections(results: Mapping[str, Any], summary: Mapping[str, Any], pictures: 
         "seeds; of so few languages they are rough."
     )
     return [
-        Section("What was compared", _setup(results, summary), facts=_settings(results)),
+        Section("What was compared", _setup(results, summary)),
         Section(
             "At the chosen learning rate",
             [chosen, "A method that gains more may only have been trained harder: compare the curves below."],
@@ -168,6 +168,7 @@ def _sections(results: Mapping[str, Any], summary: Mapping[str, Any], pictures: 
         Section("What a run costs", [], table=_costs_table(summary)),
         *([Section("Tasks", [], table=_tasks_table(results))] if results["tasks"] else []),
         *([Section("Runs that failed", [], table=_failures_table(summary))] if summary["failed"] else []),
+        Section("The recipe", facts=_settings(results)),
     ]
 
 
