@@ -202,8 +202,8 @@ def _settings(results: Mapping[str, Any]) -> dict[str, str]:
     settings = {}
     for name, value in results["recipe"].items():
         named = value.items() if isinstance(value, dict) else [(None, value)]
-        settings |= {f"{name}.{key}" if key else name: _words(each) for key, each in named if each is not None}
-    return settings
+        settings |= {f"{name}: {key}" if key else name: _words(each) for key, each in named if each is not None}
+    return {name.replace("_", " "): words for name, words in settings.items()}
 
 
 def _levels_table(summary: Mapping[str, Any]) -> Table:
