@@ -13,8 +13,9 @@ from lape_fast.report.dynamics import training_dynamics
 from lape_fast.report.figures import language_label
 from lape_fast.report.page import Picture, Section, Table, render_report
 from lape_fast.tune import read_dynamics
+from lape_fast.tune.tuning import LOG_NAME
 
-LOG_NAME, FIGURE_NAME, REPORT_NAME = "training.json", "training-dynamics.png", "report.html"
+FIGURE_NAME, REPORT_NAME = "training-dynamics.png", "report.html"
 
 
 def report_tuning(folder: str | os.PathLike, language: str, origin: Mapping[str, Any]) -> None:
