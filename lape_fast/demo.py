@@ -30,7 +30,6 @@ from lape_fast.report import (
     neurons_by_layer,
     render_atlas,
     render_report,
-    save_figure,
 )
 from lape_fast.study import AblationMatrix, ablate_neurons, prepare_text, score
 from lape_fast.terminal import new_table
@@ -229,14 +228,30 @@ def _count_everything(model, tokenizer, output: Path) -> dict[str, Any]:
 def _report(output: Path, summary, neurons: NeuronSet, matrix: AblationMatrix, before, after, logs) -> None:
     language = summary["language"]
     name = language_name(language)
-    figures = {
-        "neurons-by-layer": neurons_by_layer(neurons),
-        "ablation": ablation_heatmap(matrix),
-        "change": language_change(before, {f"{method} tuned": bits for method, bits in after.items()}, language),
-        "learning-curve": learning_curve(logs["subnetwork"]["log"], f"Tuning {name}"),
+    pictures = {
+        "neurons-by-layer": Picture(
+            neurons_by_layer(neurons),
+            "Selected neurons per language and layer.",
+            "Heat map of languages by layers, coloured by the number of selected neurons.",
+        ),
+        "ablation": Picture(
+            ablation_heatmap(matrix),
+            "Bits per byte added: one row per language whose neurons are off, one column per language measured.",
+            "Heat map of languages by languages; the diagonal is what a language's own neurons are worth to it.",
+        ),
+        "change": Picture(
+            language_change(before, {f"{method} tuned": bits for method, bits in after.items()}, language),
+            f"Change in bits per byte after tuning {name}; below 0 is better.",
+            f"Bars of the change in every language, for {name}'s own neurons and for random ones.",
+        ),
+        "learning-curve": Picture(
+            learning_curve(logs["subnetwork"]["log"], f"Tuning {name}"),
+            "Training loss, and loss on the validation text.",
+            "Two falling curves over optimizer steps.",
+        ),
     }
-    for stem, figure in figures.items():
-        save_figure(figure, output / f"{stem}.png")
+    for stem, picture in pictures.items():
+        picture.save(output / f"{stem}.png")
     tuning, everything = summary["tuning"]["methods"], summary["all_languages"]
     mean = matrix.mean_selectivity()
     header, rows = _result_rows(summary)
@@ -245,11 +260,7 @@ def _report(output: Path, summary, neurons: NeuronSet, matrix: AblationMatrix, b
             heading="What changed",
             paragraphs=[_verdict(summary)],
             table=Table("Bits per byte on text that no training saw; lower is better.", header, rows),
-            picture=Picture(
-                figures["change"],
-                f"Change in bits per byte after tuning {name}; below 0 is better.",
-                f"Bars of the change in every language, for {name}'s own neurons and for random ones.",
-            ),
+            picture=pictures["change"],
         ),
         Section(
             heading="Whose neurons were found",
@@ -258,11 +269,7 @@ def _report(output: Path, summary, neurons: NeuronSet, matrix: AblationMatrix, b
                 f"{summary['identify']['union']:,} of {summary['identify']['neurons_total']:,} neurons belong to at "
                 f"least one language; the median language has {summary['identify']['median_per_language']:g}.",
             ],
-            picture=Picture(
-                figures["neurons-by-layer"],
-                "Selected neurons per language and layer.",
-                "Heat map of languages by layers, coloured by the number of selected neurons.",
-            ),
+            picture=pictures["neurons-by-layer"],
         ),
         Section(
             heading="What switching them off costs",
@@ -271,22 +278,14 @@ def _report(output: Path, summary, neurons: NeuronSet, matrix: AblationMatrix, b
                 f"{mean['own'] - mean['over_mean_of_others']:.3f}. {len(matrix.hits_own_hardest())} of "
                 f"{len(matrix.ablated)} languages are hit hardest by the loss of their own.",
             ],
-            picture=Picture(
-                figures["ablation"],
-                "Bits per byte added: one row per language whose neurons are off, one column per language measured.",
-                "Heat map of languages by languages; the diagonal is what a language's own neurons are worth to it.",
-            ),
+            picture=pictures["ablation"],
         ),
         Section(
             heading="How the tuning went",
             paragraphs=[
                 f"{tuning['subnetwork']['trainable']:,} weights were trained; the others did not change by a bit."
             ],
-            picture=Picture(
-                figures["learning-curve"],
-                "Training loss, and loss on the validation text.",
-                "Two falling curves over optimizer steps.",
-            ),
+            picture=pictures["learning-curve"],
         ),
         Section(
             heading="Every built-in language",

@@ -286,7 +286,7 @@ def test_align_and_weights_before_and_after_an_adapter(workplace, monkeypatch, c
     measured = json.loads(run("weights", adapter, "--output", workplace / "weights.json", "--json"))
     assert {row["projection"] for row in measured["totals"]} == {"gate", "up", "down"}
     assert all(row["norm"] > 0 for row in measured["totals"])
-    assert (workplace / "weights.png").exists()
+    assert (workplace / "weights.png").exists() and (workplace / "weights.svg").exists()
     printed = run("weights", adapter, "--model", base, "--output", workplace / "weights-again.json")
     assert f"{measured['totals'][0]['norm']:.4g}" in printed
     assert "a JSON file" in failure(monkeypatch, capsys, "weights", adapter, "--output", workplace / "weights.csv")
@@ -441,6 +441,7 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
     other.write_text(json.dumps({"neurons_fingerprint": "another", "selectivity": {}, "mean_selectivity": {}}))
     tune = ["tune", "--model", base, "--corpus", texts, "--output", workplace / "new"]
     (workplace / "taken.png").touch()
+    (workplace / "drawn.svg").touch()
     ablate = ["ablate", "--model", base, "--corpus", texts, "--neurons", neurons]
     count = ["count", "--model", base, "--output", workplace / "n.safetensors"]
     for arguments, words in (
@@ -467,6 +468,8 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
         (["publish", workplace / "new", "--counts", neurons, "--neurons", neurons], "'neurons'"),
         ([*ablate, "--output", workplace / "ablation.csv"], "ending in .json"),
         ([*ablate, "--output", workplace / "taken.json"], "taken.png exists already"),
+        ([*ablate, "--output", workplace / "drawn.json"], "drawn.svg exists already"),
+        (["weights", workplace / "out", "--output", workplace / "drawn.json"], "drawn.svg exists already"),
     ):
         sentence = failure(monkeypatch, capsys, *arguments)
         assert sentence.startswith("Error: "), sentence
@@ -544,6 +547,10 @@ def test_methods_are_compared_on_one_base(workplace):
         facts = json.loads(run(*tune, "--output", folder, "--json"))
         assert facts["method"].startswith(method)
         assert (folder / "training-dynamics.png").read_bytes().startswith(b"\x89PNG")
+        assert (folder / "training-dynamics.svg").exists()
+        page = (folder / "report.html").read_text()
+        assert f"Maltese: {facts['method']}" in page and f"{facts['trainable']:,} weights" in page
+        assert all(name in page for name in ("English", "Russian", str(workplace / "texts")))
         records = [json.loads(line) for line in (folder / "dynamics.jsonl").read_text().splitlines()]
         assert records[0]["measured"].keys() == TEXTS.keys()
         assert json.loads(run("info", folder, "--json"))

@@ -54,8 +54,11 @@ def test_the_demo_writes_everything_it_promises_and_a_second_run_shows_it_again(
     assert (output / "base" / "model.safetensors").exists()
     assert (output / "adapter-subnetwork" / "adapter_model.safetensors").exists()
     page = (output / "report.html").read_text()
-    assert "Maltese" in page
-    assert len(list(output.glob("*.png"))) == 4
+    assert "Maltese" in page and page.count("<svg") == 4
+    assert "lape_fast demo" in (output / "atlas.html").read_text()
+    figures = {"neurons-by-layer", "ablation", "change", "learning-curve"}
+    for ending in ("png", "svg"):
+        assert {path.stem for path in output.glob(f"*.{ending}")} == figures
     written = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     assert demo.run_demo(output) == summary
     assert "finished" in capsys.readouterr().out

@@ -31,7 +31,8 @@ from lape_fast.errors import ConfigError
 from lape_fast.terminal import print_alignment, print_steering, print_weight_change
 
 JsonOutput = Annotated[
-    Path, typer.Option("--output", help="JSON file, beside which the figure is written as .png; neither may exist.")
+    Path,
+    typer.Option("--output", help="JSON file, beside which the figure is written as .png and .svg; none may exist."),
 ]
 
 
@@ -71,7 +72,9 @@ def align(
     options = {"pivot": pivot, "adapters": adapters, "context_length": context_length, "batch_tokens": batch_tokens}
     alignment = align_languages(loaded, tokenizer, opened, target, **options)
     alignment.save(output)
-    save_figure(alignment_curves(alignment), figure)
+    save_figure(
+        alignment_curves(alignment), figure, "Curves over the layers: how alike the states of translations are."
+    )
     for language, reason in alignment.left_out.items():
         note(f"Left out: {language}: {reason}")
     print_alignment(alignment, as_json)
@@ -100,7 +103,7 @@ def weights(
     figure = _check_output(output)
     change = measure_weight_change(adapters, model)
     change.save(output)
-    save_figure(weight_change_map(change), figure)
+    save_figure(weight_change_map(change), figure, "Heat map of how far the weights moved, by layer and projection.")
     print_weight_change(change, as_json)
 
 
@@ -122,7 +125,7 @@ def steer(
     languages: Languages = None,
     text_column: TextColumn = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="JSON file, beside which the figure is written as .png.")
+        Path | None, typer.Option("--output", help="JSON file, beside which the figure is written as .png and .svg.")
     ] = None,
     dtype: Dtype = "auto",
     quantise: Quantise = None,
@@ -158,20 +161,21 @@ def steer(
     steering = force_language(loaded, tokenizer, own, code, texts, identify, **options)
     if output is not None:
         steering.save(output)
-        save_figure(steered_languages(steering), figure)
+        save_figure(steered_languages(steering), figure, "Bars: how many texts are in which language.")
     print_steering(steering, as_json)
 
 
 def _check_output(output: Path) -> Path:
-    """The figure beside a JSON file, after making sure that neither is there yet."""
+    """The figure beside a JSON file, after making sure that none of the files is there yet."""
     from lape_fast.files import refuse_existing
+    from lape_fast.report import figure_paths
 
     if output.suffix != ".json":
         raise ConfigError(f"The output {output} is a JSON file beside which a figure is written; end it in .json.")
-    figure = output.with_suffix(".png")
-    for path in (output, figure):
+    figures = figure_paths(output)
+    for path in (output, *figures):
         refuse_existing(path)
-    return figure
+    return figures[0]
 
 
 def _lines_of(path: Path) -> list[str]:

@@ -110,35 +110,34 @@ def ablate(
 ) -> None:
     """Switch each language's neurons off in turn and measure what that costs every language.
 
-    Writes the whole matrix as JSON, and beside it a table for pandas (.csv) and a heat map (.png). The same command
-    goes on with an interrupted run.
+    Writes the whole matrix as JSON, and beside it a table for pandas (.csv) and a heat map (.png, .svg). The same
+    command goes on with an interrupted run.
 
     Example: lape-fast ablate --model M --neurons out/neurons.safetensors --corpus texts/ --lines 1798-1997
     """
     from lape_fast.files import refuse_existing
     from lape_fast.identify import NeuronSet
-    from lape_fast.report import ablation_heatmap, save_figure
+    from lape_fast.report import ablation_heatmap, figure_paths, save_figure
     from lape_fast.study import ablate_to_file, prepare_text
 
     output = output or neurons.with_suffix(".ablation.json")
     if output.suffix != ".json":
         raise ConfigError(f"The output {output} is a JSON file beside which more is written; name one ending in .json.")
-    writers = {
-        output.with_suffix(".csv"): lambda path: matrix.save_csv(path),
-        output.with_suffix(".png"): lambda path: save_figure(ablation_heatmap(matrix), path),
-    }
+    table, figure = output.with_suffix(".csv"), figure_paths(output)
     if not output.exists():
-        for path in writers:
+        for path in (table, *figure):
             refuse_existing(path)
     chosen = NeuronSet.load(neurons)
     opened = open_text(corpus, lines, languages, text_column)
     loaded, tokenizer = load(model, dtype, device)
     text = prepare_text(loaded, tokenizer, opened, context_length=context_length, batch_tokens=batch_tokens)
     matrix = ablate_to_file(loaded, chosen, text, output)
-    for path, write in writers.items():
-        # A run that is repeated finds them, unless it was stopped between them.
-        if not path.exists():
-            write(path)
+    # A run that is repeated finds them, unless it was stopped between them.
+    if not table.exists():
+        matrix.save_csv(table)
+    if not all(path.exists() for path in figure):
+        alt = "Heat map of what every language loses when each language's neurons are switched off."
+        save_figure(ablation_heatmap(matrix), figure[0], alt)
     print_ablation(matrix, as_json)
 
 

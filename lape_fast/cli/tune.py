@@ -32,8 +32,6 @@ from lape_fast.terminal import print_facts, print_plan
 # The methods whose memory can be planned.
 PLANNED = ("subnetwork", "random", "random-per-layer")
 
-FIGURE_NAME = "training-dynamics.png"
-
 
 def tune(
     model: Model,
@@ -121,9 +119,9 @@ def tune(
 ) -> None:
     """Tune one language's neurons, or all weights or an adapter of PEFT in comparison, and write an adapter folder.
 
-    The folder holds the trained values, the report training.json, and the records of the training as dynamics.jsonl
-    and training-dynamics.png. The same command resumes an interrupted run. Under torchrun each GPU computes its share
-    of the rows of every step.
+    The folder holds the trained values, the facts as training.json, the records of the training as dynamics.jsonl and
+    training-dynamics.png and .svg, and all of it to look at as report.html. The same command resumes an interrupted
+    run. Under torchrun each GPU computes its share of the rows of every step.
 
     Example: lape-fast tune --model meta-llama/Llama-3.1-8B --corpus texts/ --neurons out/neurons.safetensors
     --language mlt_Latn --output adapters/mlt_Latn
@@ -132,9 +130,9 @@ def tune(
     --language mlt_Latn --output adapters/mlt_Latn-lora
     """
     from lape_fast.identify import joined_world
-    from lape_fast.report import language_label, save_figure, training_dynamics
+    from lape_fast.report import report_tuning
     from lape_fast.text import canonical
-    from lape_fast.tune import TrainingSettings, TuningConfig, plan, read_dynamics, refuse_tuned, tune_language
+    from lape_fast.tune import TrainingSettings, TuningConfig, plan, refuse_tuned, tune_language
 
     choice = TuningConfig(method=method, language=language, neurons=neurons, policy=policy, seed=seed)
     if dry_run:
@@ -188,10 +186,18 @@ def tune(
         if others:
             measured = open_text(corpus, validation_lines, f"{language},{others}", text_column)
             measure = _bits_per_byte(loaded, tokenizer, measured, context_length)
-        _, report = tune_language(loaded, tokenizer, opened, choice, output, settings, validation, measure=measure)
-        if world.is_main:
-            title = f"{language_label(language)}: {choice.method}"
-            save_figure(training_dynamics(read_dynamics(output), title, choice.language), output / FIGURE_NAME)
+        origin = {
+            "Model": model,
+            "Quantised as": quantise,
+            "Neuron file": neurons,
+            "Corpus": corpus,
+            "Lines": lines,
+            "Validation lines": validation_lines,
+        }
+        present = functools.partial(report_tuning, language=choice.language, origin=origin)
+        _, report = tune_language(
+            loaded, tokenizer, opened, choice, output, settings, validation, measure=measure, present=present
+        )
     facts = {
         "adapter": str(output),
         "language": canonical(language),

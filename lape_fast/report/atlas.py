@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 import os
@@ -13,13 +11,13 @@ from lape_fast.files import write_text
 from lape_fast.identify import ActivationCounts, NeuronSet
 from lape_fast.report.atlas_data import pack_atlas
 from lape_fast.report.figures import language_label
-from lape_fast.report.page import environment
+from lape_fast.report.page import STYLE, environment, policy_hash, source
 from lape_fast.study import AblationMatrix, Alignment
 
 TEMPLATE = "atlas.html.j2"
 # In the order in which the page runs them.
 SCRIPTS = ("data", "draw", "figures", "table", "views", "app")
-STYLES = ("style.css", "atlas.css")
+STYLES = (STYLE, "atlas.css")
 
 # Of the alignment: title, the measures that are averaged, and the baseline.
 CHARTS = (
@@ -66,18 +64,21 @@ def render_atlas(
         "charts": _alignment(alignment),
     }
     header["title"] = title or f"Language neurons of {neurons.metadata.get('model') or 'a language model'}"
-    jinja = environment()
-    style = "".join(_source(jinja, name) for name in STYLES)
-    script = "\n".join(_source(jinja, f"atlas/{name}.js") for name in SCRIPTS)
+    style = "".join(map(source, STYLES))
+    script = "\n".join(source(f"atlas/{name}.js") for name in SCRIPTS)
     script = f'"use strict";\n(() => {{\n{script}\n}})();\n'
-    page = jinja.get_template(TEMPLATE).render(
-        title=header["title"],
-        style=style,
-        script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-        header=_json(header),
-        blocks=blocks,
+    page = (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=header["title"],
+            style=style,
+            script=script,
+            style_hash=policy_hash(style),
+            script_hash=policy_hash(script),
+            header=_json(header),
+            blocks=blocks,
+        )
     )
     write_text(output, page)
 
@@ -123,15 +124,6 @@ def _alignment(alignment: Alignment) -> list[dict[str, Any]]:
 def _rounded(values: list[float]) -> list[float | None]:
     # JSON has no NaN.
     return [round(value, 5) if math.isfinite(value) else None for value in values]
-
-
-def _source(jinja: Any, name: str) -> str:
-    return jinja.loader.get_source(jinja, name)[0]
-
-
-def _hash(source: str) -> str:
-    """What the page's policy allows: this very source and no other."""
-    return base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 
 def _json(value: Any) -> str:

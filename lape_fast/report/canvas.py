@@ -12,9 +12,11 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lape_fast.files import atomic_path
+from lape_fast.files import atomic_path, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +48,9 @@ HEADING_LIFT = 0.55
 DOTS_PER_INCH = 150
 LONGEST_LABEL = 30
 LONGEST_TITLE = 70
+
+# Where an SVG is opened the first may be missing; the second is as wide.
+FONTS = "'DejaVu Sans', Verdana, sans-serif"
 
 TITLE_FONT = {"size": 11, "weight": "bold"}
 
@@ -84,17 +89,32 @@ def house_style() -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes a figure as PNG on white, atomically.
+def figure_paths(path: str | os.PathLike) -> tuple[Path, Path]:
+    """The two files of a figure, a PNG and an SVG of the same name."""
+    return Path(path).with_suffix(".png"), Path(path).with_suffix(".svg")
+
+
+def save_figure(figure: Figure, path: str | os.PathLike, alt: str) -> None:
+    """Writes a figure on white as a PNG and, beside it, as an SVG: the same figure gives the same bytes every time.
+
+    The text of the SVG stays text, which can be searched and read aloud; nothing in it refers to anything outside.
 
     Args:
         figure: any matplotlib figure.
-        path: the file; its folder is made if need be.
+        path: the PNG; the SVG has the same name but for its ending. Their folder is made if need be.
+        alt: what is to be seen, for those who cannot see it; the title of the SVG.
+
+    Example:
+        >>> save_figure(neurons_by_layer(neurons), "out/layers.png", "Heat map of the neurons by language and layer.")
     """
-    with house_style(), atomic_path(path) as temporary:
+    png, svg = figure_paths(path)
+    with house_style(), atomic_path(png) as temporary:
         figure.savefig(
             temporary, format="png", dpi=DOTS_PER_INCH, facecolor="white", metadata={"Software": "lape_fast"}
         )
+    root, drawing = _svg(figure, "white").split(">", 1)
+    title = escape(plain(alt, len(alt)))
+    write_text(svg, f'<?xml version="1.0" encoding="utf-8"?>\n{root} role="img">\n <title>{title}</title>{drawing}')
 
 
 def figure_svg(figure: Figure) -> str:
@@ -102,21 +122,28 @@ def figure_svg(figure: Figure) -> str:
 
     Text stays text, lines and labels take the colour of the page's text, and nothing refers to anything outside.
     """
+    return re.sub(r"<[^>]+>", lambda tag: tag[0].replace(INK, "currentColor"), _svg(figure, "none"))
+
+
+def _svg(figure: Figure, background: str) -> str:
+    """The svg element of a figure, with ids of its own and no more decimals than can be seen."""
     buffer = io.StringIO()
     with house_style():
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", facecolor="none", metadata=no_metadata)
+        figure.savefig(buffer, format="svg", facecolor=background, metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # Several figures share a page, where ids must be unique: those in use get a prefix of this figure's own, the
     # others (axes_1, text_1 ...) go. Only tags are touched, never the text between them.
     referenced = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
-    own = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    own = "f" + hashlib.sha256(svg.encode()).hexdigest()[:8]
 
     def rewritten(tag: re.Match) -> str:
         text = re.sub(r' id="([^"]*)"', lambda name: name[0] if name[1] in referenced else "", tag[0])
         text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{own}-", text)
-        return text.replace(INK, "currentColor")
+        # A thousandth of a point.
+        text = re.sub(r"(\d\.\d{3})\d+", r"\1", text)
+        return text.replace("'DejaVu Sans'", FONTS)
 
     return re.sub(r"<[^>]+>", rewritten, svg)
 

@@ -56,8 +56,11 @@ def training_dynamics(records: Sequence[Mapping[str, Any]], title: str, target: 
         series = {part: _series(records, name, part) for part in parts}
         _lines(panel, series, [COLOURS.get(part, INK) for part in parts])
         panel.set_ylabel(label)
-        if any(value > 0 for points in series.values() for _, value in points):
-            panel.set_yscale("log")
+        positive = [value for points in series.values() for _, value in points if value > 0]
+        # Within a factor of ten a logarithmic axis might have no number on it.
+        if positive and max(positive) > 10 * min(positive):
+            # The first step of a warm-up changes nothing.
+            panel.set_yscale("log", nonpositive="mask")
             # matplotlib's own are formulas, which the house style shows as they are written.
             panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_formatter(NullFormatter())

@@ -15,7 +15,6 @@ from lape_fast.report.canvas import (
     TITLE_FONT,
     bar_axes,
     colour_bar,
-    figure_svg,
     fitted,
     heading,
     heat_map_axes,
@@ -23,7 +22,6 @@ from lape_fast.report.canvas import (
     label_columns,
     label_rows,
     plain,
-    save_figure,
     sized_axes,
     write_cells,
 )
@@ -37,13 +35,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ablation_heatmap",
-    "figure_svg",
     "language_change",
     "language_label",
     "learning_curve",
     "neurons_by_layer",
     "neurons_per_language",
-    "save_figure",
 ]
 
 

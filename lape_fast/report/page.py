@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
+import io
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from lape_fast.errors import ShapeError
 from lape_fast.files import write_text
-from lape_fast.report.canvas import figure_svg
+from lape_fast.report.canvas import figure_svg, save_figure
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from matplotlib.figure import Figure
 
 TEMPLATE = "report.html.j2"
+# Of every page.
+STYLE = "style.css"
 
 # "1,234", "-0.05", "+3 %" or "n/a": what is set flush right.
 NUMBER = re.compile(r"[-+\N{MINUS SIGN}]?[\d.,\s]*\d\s?(%|x|[kMG]?i?B|s|ms)?|n/a|\N{EN DASH}|")
@@ -51,6 +58,16 @@ class Table:
             for column in range(len(self.header))
         ]
 
+    def csv(self) -> str:
+        """The table as CSV; a text that a spreadsheet would run gets an apostrophe in front."""
+        buffer = io.StringIO()
+        csv.writer(buffer).writerows([_harmless(cell) for cell in row] for row in (self.header, *self.rows))
+        return buffer.getvalue()
+
+    def csv_link(self) -> str:
+        """An address that holds the CSV itself."""
+        return f"data:text/csv;charset=utf-8,{quote(self.csv())}"
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -70,13 +87,18 @@ class Picture:
         """The figure as an SVG element."""
         return figure_svg(self.figure)
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes it beside the page, as a PNG under this path and as an SVG."""
+        save_figure(self.figure, path, self.alt)
+
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: a heading, then paragraphs of plain text, a table, a figure."""
+    """A part of the report: a heading, then paragraphs of plain text, names with values, a table, a figure."""
 
     heading: str
     paragraphs: Sequence[str] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
     table: Table | None = None
     picture: Picture | None = None
 
@@ -95,8 +117,8 @@ def render_report(output: str | os.PathLike, *, title: str, lead: str, sections:
         >>> sections = [Section("Scores", ["On 200 sentences."], table=table)]
         >>> render_report("report.html", title="Maltese", lead="It improved.", sections=sections)
     """
-    page = environment().get_template(TEMPLATE).render(title=title, lead=lead, sections=list(sections))
-    write_text(output, page)
+    page = environment().get_template(TEMPLATE)
+    write_text(output, page.render(title=title, lead=lead, sections=list(sections), style=source(STYLE)))
 
 
 def environment() -> Environment:
@@ -111,3 +133,18 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+
+
+def source(name: str) -> str:
+    """What a template, a style or a script of this package holds."""
+    jinja = environment()
+    return jinja.loader.get_source(jinja, name)[0]
+
+
+def policy_hash(text: str) -> str:
+    """What a page's policy allows: this very style or script and no other."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _harmless(cell: str) -> str:
+    return f"'{cell}" if cell[:1] in set("=+-@\t\r") and not NUMBER.fullmatch(cell) else cell

@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from lape_fast.errors import FileFormatError, LapeFastError
 from lape_fast.files import read_json, write_json, write_text
-from lape_fast.report.canvas import save_figure
 from lape_fast.report.figures import language_label
 from lape_fast.report.page import Picture, Section, Table, render_report
 from lape_fast.report.study_figures import averaged_curves, language_curves, learning_rates, training_dynamics
@@ -27,7 +24,7 @@ def report_study(folder: str | os.PathLike) -> dict[str, Any]:
 
     Args:
         folder: where ``results.json`` is, and where ``summary.json``, ``summary.csv``, ``report.html`` and the figures
-            as PNG are written.
+            as PNG and SVG are written.
 
     Returns:
         The summary.
@@ -45,20 +42,20 @@ def report_study(folder: str | os.PathLike) -> dict[str, Any]:
     results = read_json(path)
     try:
         summary = _summary(results, path)
-        figures = _figures(summary)
-        sections = _sections(results, summary, figures)
+        pictures = _pictures(summary)
+        sections = _sections(results, summary, pictures)
     # Only the study writes such a file. What changed it may have changed anything in it.
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
         if isinstance(error, LapeFastError):
             raise
         raise FileFormatError(
-            f"{path} holds no results of a study as they were written ({type(error).__name__}: {error!s:.100}); run the "
+            f"{path} holds no whole results of a study ({type(error).__name__}: {error!s:.100}); run the "
             "study again to have them written anew."
         ) from error
     write_json(folder / SUMMARY_NAME, summary)
     write_text(folder / TABLE_NAME, to_csv(summary))
-    for name, figure in figures.items():
-        save_figure(figure, folder / f"{name}.png")
+    for name, picture in pictures.items():
+        picture.save(folder / f"{name}.png")
     languages = ", ".join(map(language_label, summary["languages"]))
     render_report(
         folder / REPORT_NAME,
@@ -77,15 +74,6 @@ def _summary(results: Mapping[str, Any], path: Path) -> dict[str, Any]:
         )
     summary["verdict"] = verdict(summary)
     return summary
-
-
-def _figures(summary: Mapping[str, Any]) -> dict[str, Figure]:
-    return {
-        "curves": averaged_curves(summary),
-        "curves-by-language": language_curves(summary),
-        "learning-rates": learning_rates(summary),
-        "dynamics": training_dynamics(summary),
-    }
 
 
 def summary_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -115,7 +103,33 @@ def interval(values: Mapping[str, Any] | None) -> str:
     return f"{values['mean']:+.3f} [{values['low']:+.3f}, {values['high']:+.3f}]"
 
 
-def _sections(results: Mapping[str, Any], summary: Mapping[str, Any], figures: Mapping[str, Any]) -> list[Section]:
+def _pictures(summary: Mapping[str, Any]) -> dict[str, Picture]:
+    """By the names of their files."""
+    return {
+        "curves": Picture(
+            averaged_curves(summary),
+            "Higher and further left is better: more gain for less harm elsewhere. The band is the interval.",
+            "Curves of the gain of the target over the mean rise elsewhere, one per method.",
+        ),
+        "curves-by-language": Picture(
+            language_curves(summary),
+            "The frontier of each method with the first seed; left of 0, other languages got better too.",
+            "A panel per language with a curve of gain over forgetting per method.",
+        ),
+        "learning-rates": Picture(
+            learning_rates(summary),
+            "Means over languages at each run's best measurement on the validation lines.",
+            "Two panels over the learning rate: the gain of the target and the mean rise elsewhere.",
+        ),
+        "dynamics": Picture(
+            training_dynamics(summary),
+            "At the chosen learning rates, means over the languages, first seed.",
+            "Four panels over tokens: gain, forgetting, training loss and gradient norm.",
+        ),
+    }
+
+
+def _sections(results: Mapping[str, Any], summary: Mapping[str, Any], pictures: Mapping[str, Picture]) -> list[Section]:
     seeds, languages = summary["seeds"], summary["languages"]
     header, rows = summary_table(summary)
     chosen = (
@@ -126,7 +140,7 @@ def _sections(results: Mapping[str, Any], summary: Mapping[str, Any], figures: M
         "seeds; of so few languages they are rough."
     )
     return [
-        Section("What was compared", _setup(results, summary), table=_settings(results)),
+        Section("What was compared", _setup(results, summary)),
         Section(
             "At the chosen learning rate",
             [chosen, "A method that gains more may only have been trained harder: compare the curves below."],
@@ -141,21 +155,13 @@ def _sections(results: Mapping[str, Any], summary: Mapping[str, Any], figures: M
                 "rate and of the first seed's runs at the others.",
             ],
             table=_levels_table(summary),
-            picture=Picture(
-                figures["curves"],
-                "Higher and further left is better: more gain for less harm elsewhere. The band is the interval.",
-                "Curves of the gain of the target over the mean rise elsewhere, one per method.",
-            ),
+            picture=pictures["curves"],
         ),
         Section(
             "Language by language",
             [],
             table=_language_table(summary),
-            picture=Picture(
-                figures["curves-by-language"],
-                "The frontier of each method with the first seed; left of 0, other languages got better too.",
-                "A panel per language with a curve of gain over forgetting per method.",
-            ),
+            picture=pictures["curves-by-language"],
         ),
         Section(
             "Subnetwork against each method",
@@ -165,26 +171,19 @@ def _sections(results: Mapping[str, Any], summary: Mapping[str, Any], figures: M
         Section(
             "Learning rates",
             [],
-            picture=Picture(
-                figures["learning-rates"],
-                "Means over languages at each run's best measurement on the validation lines.",
-                "Two panels over the learning rate: the gain of the target and the mean rise elsewhere.",
-            ),
+            picture=pictures["learning-rates"],
         ),
         Section(
             "While training",
             ["How far the trained values had moved from the base at the end (Euclidean norm, mean over chosen runs):"],
             table=_changes_table(summary),
-            picture=Picture(
-                figures["dynamics"],
-                "At the chosen learning rates, means over the languages, first seed.",
-                "Four panels over tokens: gain, forgetting, training loss and gradient norm.",
-            ),
+            picture=pictures["dynamics"],
         ),
         Section("Where it was forgotten", [], table=_scripts_table(summary)),
         Section("What a run costs", [], table=_costs_table(summary)),
         *([Section("Tasks", [], table=_tasks_table(results))] if results["tasks"] else []),
         *([Section("Runs that failed", [], table=_failures_table(summary))] if summary["failed"] else []),
+        Section("The recipe", facts=_settings(results)),
     ]
 
 
@@ -213,13 +212,13 @@ def _setup(results: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _settings(results: Mapping[str, Any]) -> Table:
-    """Every setting of the recipe, but for long lists."""
-    rows = []
+def _settings(results: Mapping[str, Any]) -> dict[str, str]:
+    """Every setting of the recipe."""
+    settings = {}
     for name, value in results["recipe"].items():
         named = value.items() if isinstance(value, dict) else [(None, value)]
-        rows += [[f"{name}.{key}" if key else name, _words(each)] for key, each in named if each is not None]
-    return Table(f"The recipe, preset {results['recipe']['preset']}.", ["Setting", "Value"], rows)
+        settings |= {f"{name}: {key}" if key else name: _words(each) for key, each in named if each is not None}
+    return {name.replace("_", " "): words for name, words in settings.items()}
 
 
 def _levels_table(summary: Mapping[str, Any]) -> Table:

@@ -43,6 +43,7 @@ def tune_language(
     validation: Corpus | None = None,
     *,
     measure: Measure | None = None,
+    present: Callable[[Path], None] | None = None,
 ) -> tuple[Subnetwork | DenseWeights | PeftAdapter, dict[str, Any]]:
     """Tunes one language by any method and writes the adapter folder.
 
@@ -59,6 +60,7 @@ def tune_language(
         validation: holds text of the language on which the best values are chosen.
         measure: is given the model at step 0 and every ``evaluate_every`` steps, and returns numbers by name for
             ``dynamics.jsonl``, such as the bits per byte of other languages.
+        present: is given the written folder before it gets its name, to add what is made of its files, such as a page.
 
     Returns:
         The adapter, as ``load_adapter`` returns it, and the training report. Where training fails or is stopped, the
@@ -131,6 +133,8 @@ def tune_language(
                     run.write(adapter, folder)
                     shutil.copyfile(workspace / DYNAMICS_NAME, folder / DYNAMICS_NAME)
                     write_json(folder / LOG_NAME, {"settings": asdict(settings), **report})
+                    if present:
+                        present(folder)
                 shutil.rmtree(workspace)
             # So that no process goes on to read what is not written yet.
             world.wait()

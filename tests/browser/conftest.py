@@ -35,7 +35,7 @@ def open_page(chromium) -> Iterator[Callable]:
     opened, heard = [], []
 
     def open_file(
-        path: Path, *, width: int = 1280, height: int = 900, dark: bool = False, fragment: str = "", touch=False
+        path: Path, *, width: int = 1280, dark: bool = False, fragment: str = "", ready: str = "html[data-ready]"
     ):
         context = chromium.new_context(
             viewport={"width": width, "height": 900},
@@ -52,7 +52,7 @@ def open_page(chromium) -> Iterator[Callable]:
         page.on("dialog", lambda dialog: (heard.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         opened.append(context)
         page.goto(f"{path.as_uri()}{fragment}")
-        page.wait_for_selector("html[data-ready]")
+        page.wait_for_selector(ready)
         return page
 
     yield open_file

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -11,6 +15,7 @@ from lape_fast.study import AblationMatrix, Alignment, Steering, WeightChange
 from lape_fast.study.alignment import MEASURES
 from lape_fast.study.weight_change import ProjectionChange
 from lape_fast.text.languages import cldr_locales
+from lape_fast.tune import TrainingSettings
 
 LAYERS = 6
 NEURONS_PER_LAYER = 64
@@ -78,20 +83,62 @@ def training_log() -> list[dict]:
 
 def dynamics_records(number: int) -> list[dict]:
     """What a training run records while ``number`` languages are measured, the first of which gains."""
-    records = [{"step": 0, "tokens": 0, "seconds": 0.0, "validation_loss": 4.0, "measured": _bits(number, 0)}]
+    return _records(codes(number))
+
+
+def write_training(
+    folder: Path,
+    languages: Sequence[str] = ("mlt_Latn",),
+    *,
+    method: str = "subnetwork",
+    drop: Sequence[str] = (),
+    memory: dict | None = None,
+) -> Path:
+    """What ``tune`` writes into its folder about a run whose best step is 40 of 80, but for what is dropped."""
+    report = {
+        "settings": asdict(TrainingSettings(learning_rate=1e-4)),
+        "method": method,
+        "neurons": 5,
+        "trainable": 12_345,
+        "steps": 80,
+        "seconds": 50.0,
+        "training_seconds": 40.0,
+        "tokens_per_second": 1024.0,
+        "train_loss": 3.0,
+        "best_step": 40,
+        "validation_loss": 3.5,
+        "flops_per_token": 337_152.0,
+        "memory": {
+            "policy": "save",
+            "predicted_bytes": 2 * 2**20,
+            "measured": "allocated",
+            "measured_bytes": 3 * 2**19,
+            **(memory or {}),
+        },
+        "log": [],
+    }
+    held = {name: value for name, value in report.items() if name not in drop}
+    (folder / "training.json").write_text(json.dumps(held), encoding="utf-8")
+    records = [json.dumps(record) + "\n" for record in _records(languages)]
+    (folder / "dynamics.jsonl").write_text("".join(records), encoding="utf-8")
+    return folder
+
+
+def _records(languages: Sequence[str]) -> list[dict]:
+    records = [{"step": 0, "tokens": 0, "seconds": 0.0, "validation_loss": 4.0, "measured": _bits(languages, 0)}]
     for step in range(10, 81, 10):
         norms = {"gate": 0.3, "up": 0.4, "down": 1.2, "total": 1.3}
         record = {"step": step, "tokens": 512 * step, "seconds": step / 2, "learning_rate": 1e-3, "loss": 4 - step / 40}
         record |= {name: {part: norm * 10 / step for part, norm in norms.items()} for name in NORMS}
-        records.append(record | ({} if step % 40 else {"validation_loss": 3.5, "measured": _bits(number, step)}))
+        records.append(record | ({} if step % 40 else {"validation_loss": 3.5, "measured": _bits(languages, step)}))
     return records
 
 
 NORMS = ("gradient_norm", "update_norm", "change_norm")
 
 
-def _bits(number: int, step: int) -> dict[str, float]:
-    return {code: 2 + step * (place - 1) / 1000 for place, code in enumerate(codes(number))}
+def _bits(languages: Sequence[str], step: int) -> dict[str, float]:
+    return {code: 2 + step * (place - 1) / 1000 for place, code in enumerate(languages)}
 
 
 def alignment(number: int) -> Alignment:

@@ -106,7 +106,7 @@ def test_counts_are_written_into_the_cells_of_a_small_map():
 def test_a_set_without_any_neuron_is_still_drawn(tmp_path):
     empty = NeuronSet.from_lists({"mlt_Latn": [[], []]}, neurons_per_layer=8)
     for draw in (neurons_by_layer, neurons_per_language):
-        save_figure(draw(empty), tmp_path / "empty.png")
+        save_figure(draw(empty), tmp_path / "empty.png", "Nothing.")
         assert "Maltese" in _words(draw(empty))
 
 
@@ -148,11 +148,12 @@ def test_the_heat_map_of_120_languages_is_a_picture_of_sane_size(tmp_path):
     from matplotlib.image import imread
 
     path = tmp_path / "ablation.png"
-    save_figure(ablation_heatmap(ablation_matrix(120, 120)), path)
+    save_figure(ablation_heatmap(ablation_matrix(120, 120)), path, "Costs.")
     height, width, _ = imread(path).shape
     # At least 20 pixels for a row with its name, and no more than a viewer opens.
     assert 120 * 20 < height < 5000 and 120 * 20 < width < 5000
     assert path.stat().st_size < 5_000_000
+    assert path.with_suffix(".svg").stat().st_size < 1_000_000
 
 
 def test_red_is_harm_and_the_legend_says_so():
@@ -234,16 +235,30 @@ def test_names_neither_overlap_nor_leave_the_figure(name, number):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_png_files_are_whole_and_not_blank(name, tmp_path):
+def test_files_are_whole_in_both_forms_and_the_same_every_time(name, tmp_path):
     from matplotlib.image import imread
 
-    path = tmp_path / "figures" / f"{name}.png"
-    save_figure(FIGURES[name](12), path)
+    path, again = tmp_path / "figures" / f"{name}.png", tmp_path / "again" / f"{name}.png"
+    for target in (path, again):
+        save_figure(FIGURES[name](12), target, HOSTILE)
     pixels = imread(path)
     assert min(pixels.shape[:2]) > 300
     assert len(numpy.unique(pixels[..., 0])) > 20
     assert pixels[0, 0, :3].tolist() == [1, 1, 1]
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert sorted(file.name for file in path.parent.iterdir()) == [f"{name}.png", f"{name}.svg"]
+    for file in path.parent.iterdir():
+        assert file.read_bytes() == (again.parent / file.name).read_bytes()
+    root = ElementTree.parse(path.with_suffix(".svg")).getroot()
+    assert root.get("role") == "img"
+    # The alternative comes first, on one line, since XML has no place for some of its characters.
+    assert root[0].tag == "{http://www.w3.org/2000/svg}title"
+    assert root[0].text == '<script>alert("$x^$")</script> & _Latn'
+    # The same words as in a page, on the white that a PNG has.
+    words = "\n".join("".join(root.itertext()).split("_Latn", 1)[1].split())
+    assert words == "\n".join(_words(FIGURES[name](12)).split())
+    assert (
+        "currentColor" not in path.with_suffix(".svg").read_text() and "#ffffff" in path.with_suffix(".svg").read_text()
+    )
 
 
 @pytest.mark.parametrize("name", FIGURES)

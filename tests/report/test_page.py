@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import pytest
 
@@ -19,6 +22,7 @@ from lape_fast.report import (
 from tests.report.samples import ablation_matrix, neuron_set, training_log
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
+CSV = "data:text/csv;charset=utf-8,"
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
@@ -102,10 +106,12 @@ def test_only_columns_of_numbers_are_set_right(tmp_path, sections):
 def test_nothing_is_loaded_and_no_script_runs(tmp_path, sections):
     page = _render(tmp_path, sections=sections)
     for tag, attributes, _ in page.elements:
-        assert tag not in {"script", "link", "iframe", "object", "embed"}
+        assert tag not in {"script", "iframe", "object", "embed"}
+        # An empty icon, since a browser asks for one otherwise.
+        assert tag != "link" or attributes == {"rel": "icon", "href": "data:,"}
         assert not [name for name in attributes if name.startswith("on")]
         for name in ("src", "href", "xlink:href", "action", "srcset"):
-            assert attributes.get(name, "#").startswith(("#", "data:image/png;"))
+            assert attributes.get(name, "#").startswith(("#", "data:image/png;", CSV, "data:,"))
     styles = " ".join(page.texts("style"))
     assert "url(" not in styles and "@import" not in styles
     (policy,) = [held["content"] for tag, held, _ in page.elements if tag == "meta" and "http-equiv" in held]
@@ -116,8 +122,11 @@ def test_links_lead_to_the_sections_and_ids_are_unique(tmp_path, sections):
     page = _render(tmp_path, sections=sections)
     ids = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
-    links = [attributes["href"].removeprefix("#") for tag, attributes, _ in page.elements if tag == "a"]
-    assert len(links) == 3 and set(links) <= set(ids)
+    links = [attributes["href"] for tag, attributes, _ in page.elements if tag == "a"]
+    skip, *links = [link.removeprefix("#") for link in links if link.startswith("#")]
+    assert skip == "main" and len(links) == 3 and {skip, *links} <= set(ids)
+    described = [held["aria-labelledby"] for _, held, _ in page.elements if held.get("role") == "group"]
+    assert len(described) == 2 and set(described) <= set(ids)
     named = [attributes["aria-labelledby"] for tag, attributes, _ in page.elements if tag == "section"]
     assert named == links
 
@@ -125,12 +134,28 @@ def test_links_lead_to_the_sections_and_ids_are_unique(tmp_path, sections):
 def test_hostile_text_stays_text(tmp_path):
     table = Table(HOSTILE, (HOSTILE, "n"), [(HOSTILE, HOSTILE)])
     figure = learning_curve(training_log(), HOSTILE)
-    section = Section(HOSTILE, [HOSTILE], table=table, picture=Picture(figure, HOSTILE, HOSTILE))
+    section = Section(HOSTILE, [HOSTILE], {HOSTILE: HOSTILE}, table, Picture(figure, HOSTILE, HOSTILE))
     page = _render(tmp_path, title=HOSTILE, lead=HOSTILE, sections=[section] * 3)
     assert not {"script", "img"} & {tag for tag, _, _ in page.elements}
     assert not [name for _, attributes, _ in page.elements for name in attributes if name.startswith("on")]
     assert page.texts("h1") == [HOSTILE] and page.texts("td") == [HOSTILE] * 3
+    assert page.texts("dt") == page.texts("dd") == [HOSTILE] * 3
     assert sum(HOSTILE in text for text in page.texts("text")) == 3
+
+
+def test_names_stand_beside_their_values(tmp_path):
+    page = _render(tmp_path, sections=[Section("Settings", facts={"Steps": "12", "Corpus": "texts/"})])
+    assert page.texts("dt") == ["Steps", "Corpus"] and page.texts("dd") == ["12", "texts/"]
+
+
+def test_a_table_can_be_saved_as_csv(tmp_path):
+    """A spreadsheet runs a text that begins as a formula does, so it gets an apostrophe; numbers stay numbers."""
+    rows = [("=1+1", "-0.5"), ('Maltese, "mlt"', "+3 %"), ("@cmd", "\N{EN DASH}")]
+    page = _render(tmp_path, sections=[Section("At equal gain", table=Table("t", ("Language", "Change"), rows))])
+    (link,) = [held for tag, held, _ in page.elements if tag == "a" and "download" in held]
+    assert link["download"] == "at-equal-gain.csv"
+    saved = list(csv.reader(io.StringIO(unquote(link["href"].removeprefix(CSV)))))
+    assert saved == [["Language", "Change"], ["'=1+1", "-0.5"], list(rows[1]), ["'@cmd", "\N{EN DASH}"]]
 
 
 def test_the_page_is_the_same_every_time(tmp_path):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sys
+import xml.etree.ElementTree as ElementTree
 
 import pytest
 
@@ -18,6 +19,7 @@ from lape_fast.study.summary import summarise
 
 LANGUAGES, OTHERS, SEEDS = ["mlt_Latn", "kat_Geor"], ["eng_Latn", "rus_Cyrl", "ita_Latn"], [0, 1]
 RATES = (1e-3, 1e-2)
+FIGURES = ("curves", "curves-by-language", "learning-rates", "dynamics")
 
 # Gain of a run that has forgotten x: the better method has a lower price.
 PRICE = {"subnetwork": 4.0, "lora": 2.0}
@@ -173,15 +175,33 @@ def test_the_same_results_give_the_same_bytes_and_every_figure(folder):
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
     first = made()
-    assert {"report.html", "summary.json", "summary.csv", "curves.png", "dynamics.png"} <= first.keys()
+    assert first.keys() == {
+        *("results.json", "report.html", "summary.json", "summary.csv"),
+        *(f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")),
+    }
     assert made() == first
+
+
+def test_hostile_names_stay_text_on_the_page_and_in_the_figures(folder):
+    hostile = '"><script>alert(1)</script>&'
+    held = results()
+    held["base"]["name"] = held["recipe"]["text"]["corpus"] = hostile
+    text = json.dumps(held).replace('"lora"', json.dumps(hostile))
+    (folder / "results.json").write_text(text.replace('"mlt_Latn"', json.dumps(f"{hostile}_Latn")))
+    report_study(folder)
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page
+    assert page.count("&#34;&gt;&lt;script&gt;alert(1)&lt;/script&gt;&amp;") > 10
+    for name in FIGURES:
+        root = ElementTree.parse(folder / f"{name}.svg").getroot()
+        assert any(each.text and "<script>" in each.text for each in root.iter())
 
 
 def test_the_page_is_complete_in_itself_and_tells_what_the_files_beside_it_hold(folder):
     summary = report_study(folder)
     page = (folder / "report.html").read_text()
     assert "<script" not in page
-    assert not re.search(r"(src|href)=\"(?!#)", page)
+    assert not re.search(r"(src|href)=\"(?!#|data:)", page)
     assert page.count("<svg") == 4
     assert summary == json.loads((folder / "summary.json").read_text())
     gain = summary["methods"]["subnetwork"]["gain"]

@@ -289,7 +289,7 @@ def test_a_killed_command_goes_on_to_identical_files(tmp_path):
     assert partial.exists() and not (tmp_path / "killed.json").exists()
     for name in ("killed.json", "undisturbed.json"):
         run(*command, tmp_path / name)
-    for suffix in (".json", ".csv", ".png"):
+    for suffix in (".json", ".csv", ".png", ".svg"):
         killed, undisturbed = (tmp_path / f"{name}{suffix}" for name in ("killed", "undisturbed"))
         assert killed.read_bytes() == undisturbed.read_bytes()
     assert not partial.exists()

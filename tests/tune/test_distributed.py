@@ -359,4 +359,4 @@ def test_torchrun_tunes_what_one_process_tunes_and_writes_it_once(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "neurons.safetensors", "one", "texts", "two"]
     one, two = ({path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     # The command draws what the function records.
-    assert two == one | {"training-dynamics.png"}
+    assert two == one | {"training-dynamics.png", "training-dynamics.svg", "report.html"}
