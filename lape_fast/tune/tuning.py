@@ -171,7 +171,13 @@ def _flops_per_token(module: nn.Module, rows: Rows) -> float:
     """Of a forward and a backward pass over a real row."""
     device = next(module.parameters()).device
     row = {name: value[None].to(device) for name, value in rows[0].items()}
-    flops = count_flops(lambda: module.train()(**row).loss.backward())
+
+    def step() -> None:
+        module.train()(**row).loss.backward()
+
+    # The first pass chooses the policy by a trace, which would count too where a resumed run had no step left.
+    step()
+    flops = count_flops(step)
     module.zero_grad()
     return flops / row["input_ids"].numel()
 

@@ -180,6 +180,29 @@ def test_a_run_that_a_signal_stops_between_records_ends_with_the_same_ones(base,
     assert all(before["seconds"] < after["seconds"] for before, after in itertools.pairwise(actual))
 
 
+def test_a_run_that_was_killed_behind_its_last_step_ends_as_if_it_never_was(base, corpus, tmp_path, monkeypatch):
+    def without_times(report):
+        timed = {"seconds", "training_seconds", "tokens_per_second", "memory"}
+        times = ("seconds", "_runtime", "_per_second")
+        log = [{name: each for name, each in entry.items() if not name.endswith(times)} for entry in report["log"]]
+        return {**{name: value for name, value in report.items() if name not in timed}, "log": log}
+
+    _, expected, records = tuned(base, corpus, tmp_path / "straight", validation=corpus)
+
+    class Killed(Exception):
+        pass
+
+    def killing(folder):
+        raise Killed
+
+    with pytest.raises(Killed):
+        tuned(base, corpus, tmp_path / "resumed", validation=corpus, present=killing)
+    assert not (tmp_path / "resumed").exists()
+    _, actual, again = tuned(base, corpus, tmp_path / "resumed", validation=corpus)
+    assert without_times(actual) == without_times(expected)
+    assert without_seconds(again) == without_seconds(records)
+
+
 def test_what_is_no_record_is_named(tmp_path):
     with pytest.raises(FileFormatError, match="does not exist"):
         read_dynamics(tmp_path)
