@@ -101,13 +101,19 @@ sanitize: setup
 
 setup: $(VENV)/.built
 
-# torch first and by its exact version; the build then finds it instead of fetching another.
-$(VENV)/.installed: constraints.txt setup.py
+# torch first and by its exact version; the build then finds it instead of fetching another. With LOCKED=1, as in CI,
+# what is installed is what stands in requirements.lock by hash (of Linux on x86-64 and Python 3.11), and nothing else.
+$(VENV)/.installed: constraints.txt requirements.lock setup.py
 	@echo "Setting up $(VENV): a few minutes the first time."
 	$(PYTHON) -m venv $(VENV)
+ifdef LOCKED
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(PIP) --no-index --no-build-isolation --editable '.[test]'
+else
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) setuptools wheel pybind11 ninja
 	$(PIP) --no-build-isolation --editable '.[test]'
+endif
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(wildcard csrc/*)
