@@ -35,7 +35,12 @@ from lape_fast.errors import FileExistsAlreadyError, FileFormatError, LapeFastEr
 SCHEMA_VERSION = 1
 
 # What errors say of a full disk: the system's words, and those of torch's writer.
-NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG), "PytorchStreamWriter")
+NO_ROOM = (
+    *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+    "PytorchStreamWriter failed writing",
+    "unexpected pos",
+    "basic_ios::clear: iostream error",
+)
 
 # How the hidden names end of what is not whole yet.
 UNFINISHED = ".partial"

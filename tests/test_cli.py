@@ -353,6 +353,16 @@ def test_a_run_that_was_asked_to_stop_made_no_error(monkeypatch, capsys):
     assert (stopped.value.code, capsys.readouterr().err) == (130, "The run was asked to stop.\n")
 
 
+def test_an_interrupt_before_the_command_is_no_traceback(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules[main.__module__], "app", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert (stopped.value.code, capsys.readouterr().err) == (130, "Interrupted.\n")
+
+
 def test_parts_of_a_count_merge_into_the_whole(workplace):
     command = ["count", "--model", workplace / "base", "--corpus", workplace / "texts", "--lines", "1-20"]
     for number in (1, 2):

@@ -109,3 +109,7 @@ def main() -> None:
         prefix = "" if stopped else "[red]Error:[/red] "
         Console(stderr=True, soft_wrap=True).print(f"{prefix}{escape(str(error))}", highlight=False)
         sys.exit(INTERRUPTED if stopped else 1)
+    # One that comes before the command runs.
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted.")
+        sys.exit(INTERRUPTED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import time
@@ -338,7 +339,8 @@ def _room_on_disk(output: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if not lacks_room(error):
             raise
-        reason = str(error).strip().splitlines()[0]
+        # torch tells of its own place in the file.
+        reason = str(error).strip().splitlines()[0] if isinstance(error, OSError) else os.strerror(errno.ENOSPC)
         raise TrainingError(
             f"A checkpoint in {output} could not be written ({reason}); make room there, and the same command goes on "
             "from the last whole one."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,21 @@ import pytest
 
 from benchmarks.faults.campaign import FAULTS
 from benchmarks.faults.scenarios import SCENARIOS, broken_files, contents, differences
-from lape_fast.files import atomic_folder, atomic_path, read_json, remove_unfinished, write_json, write_tensors
+from lape_fast.errors import LapeFastError
+from lape_fast.files import (
+    atomic_folder,
+    atomic_path,
+    lacks_room,
+    read_json,
+    remove_unfinished,
+    write_json,
+    write_tensors,
+)
+from lape_fast.identify import NeuronSet
+from lape_fast.models import load_model
+from lape_fast.text import open_corpus
+from lape_fast.tune import TrainingSettings, TuningConfig, tune_language
+from tests.tiny_models import save_tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,3 +82,32 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     with write(path):
         pass
     assert list(tmp_path.iterdir()) == [path]
+
+
+# Bytes of the largest file: of the adapter, of the optimizer, of the Trainer's state, of its random state.
+@pytest.mark.parametrize("limit", [200, 1500, 5000, 9000])
+@pytest.mark.filterwarnings("ignore")
+def test_training_without_room_is_one_sentence_and_goes_on_with_room(tmp_path, limit):
+    (tmp_path / "texts").mkdir()
+    lines = "\n".join(f"Il-qattus numru {number} qagħad." for number in range(40))
+    (tmp_path / "texts" / "mlt_Latn.txt").write_text(lines, encoding="utf-8")
+    base, corpus = save_tiny(tmp_path / "base"), open_corpus(str(tmp_path / "texts"))
+    neurons = NeuronSet.from_lists({"mlt_Latn": [[1, 5, 40], [0, 2]]}, neurons_per_layer=48)
+    settings = TrainingSettings(context_length=32, rows_per_step=2, steps=4, save_every=2, learning_rate=1e-2)
+    config = TuningConfig("subnetwork", "mlt_Latn", neurons, policy="save")
+
+    def tune(output):
+        model, tokenizer = load_model(base, device="cpu")
+        tune_language(model, tokenizer, corpus, config, output, settings)
+
+    tune(tmp_path / "straight")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises((LapeFastError, OSError)) as error:
+            tune(tmp_path / "resumed")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert lacks_room(error.value) and not (tmp_path / "resumed").exists()
+    tune(tmp_path / "resumed")
+    assert differences(contents(tmp_path / "resumed"), contents(tmp_path / "straight")) == []
