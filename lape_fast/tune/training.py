@@ -239,7 +239,8 @@ def train(
             every = min(settings.evaluate_every, steps)
             path = output / DYNAMICS_NAME
             # Behind the interruption, whose checkpoint the log has to reach.
-            records = max(1, min(10, steps // 20))
+            # Each is an entry of the log too.
+            records = max(1, min(10, steps // 20), steps // LONGEST_LOG)
             trainer.add_callback(
                 Dynamics(path, watched, model, validation, records, every, tokens_per_step, world.is_main)
             )
