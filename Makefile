@@ -78,6 +78,7 @@ study: setup
 faults: setup
 	$(BIN)/python -m benchmarks.faults --faults 200 --json benchmarks/results/faults.json
 	$(BIN)/python -m benchmarks.fuzz --inputs 100000 --json benchmarks/results/fuzz.json
+	$(BIN)/python -m benchmarks.fuzz_guided --runs 2000 --json benchmarks/results/fuzz_guided.json
 
 # An hour of counting and tuning: whether memory, open files and processes stay as they are.
 long-run: setup

@@ -35,6 +35,8 @@ EXTRAS = {
     "evaluate": ["lm_eval>=0.4.13", "sacrebleu>=2.6"],
 }
 TEST_REQUIREMENTS = [
+    # It is built for nothing else.
+    "atheris; sys_platform == 'linux' and python_version < '3.14'",
     "hypothesis",
     "ninja",
     "playwright",
@@ -42,6 +44,7 @@ TEST_REQUIREMENTS = [
     "pytest",
     "pytest-benchmark",
     "pytest-timeout",
+    "pytest-xdist",
     "ruff",
     "zstandard",
 ]

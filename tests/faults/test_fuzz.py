@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fuzz
+from benchmarks import fuzz, fuzz_guided
 from benchmarks.fuzz_targets import MAKERS, SHARES, Target, make_targets
 from lape_fast.errors import FileFormatError
+
+ROOT = Path(__file__).parents[2]
 
 # Of a target with the share 1. The campaign of 100,000 is `python -m benchmarks.fuzz`.
 INPUTS = 120
@@ -105,3 +107,11 @@ def test_a_worker_that_hangs_or_crashes_is_started_again_behind_the_input():
         (1, "the process ended by SIGALRM"),
         (3, "the process ended by SIGABRT"),
     ]
+
+
+def test_the_search_for_files_reaches_more_code_than_the_whole_ones(here, monkeypatch):
+    pytest.importorskip("atheris")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    row = fuzz_guided.run_target("release index", 400, seed=0)
+    assert not row["failed"], row["message"]
+    assert row["inputs"] == 400 and row["coverage"][-1] > row["coverage"][0] > 0
