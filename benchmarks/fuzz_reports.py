@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.fuzz_sources import Sources, Target
+from lape_fast.errors import ArchitectureError, LanguageError
 from lape_fast.identify import ActivationCounts, NeuronSet
 from lape_fast.report import render_atlas, report_study
 from lape_fast.study import Alignment, Steering, WeightChange
@@ -52,7 +54,10 @@ def _atlas_neurons(folder: Path, sources: Sources) -> Target:
 
 def _atlas_counts(folder: Path, sources: Sources) -> Target:
     def read(path: Path) -> None:
-        render_atlas(folder / "atlas.html", sources.neurons, ActivationCounts.load(path))
+        counts = ActivationCounts.load(path)
+        # Counts that are whole, but not those of the neurons, are refused without a path: both may be in memory.
+        with contextlib.suppress(LanguageError, ArchitectureError):
+            render_atlas(folder / "atlas.html", sources.neurons, counts)
 
     return Target("counts.safetensors", "safetensors", [sources.counts_path.read_bytes()], read, folder)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from typing import Any
 
@@ -121,11 +120,12 @@ def _alignment(alignment: Alignment) -> list[dict[str, Any]]:
     return charts
 
 
-def _rounded(values: list[float]) -> list[float | None]:
-    # JSON has no NaN.
-    return [round(value, 5) if math.isfinite(value) else None for value in values]
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, 5) for value in values]
 
 
 def _json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # Metadata may hold what the browser's JSON does not know.
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    text = json.dumps(finite, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.translate(str.maketrans(ESCAPES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -137,7 +138,7 @@ class WeightChange:
         ):
             rows = list(group)
             neurons, entries = sum(each.neurons for each in rows), sum(each.entries for each in rows)
-            norm, old = (sum(getattr(each, name) ** 2 for each in rows) ** 0.5 for name in ("norm", "old_norm"))
+            norm, old = (math.hypot(*(getattr(each, name) for each in rows)) for name in ("norm", "old_norm"))
             found.append(
                 {
                     "adapter": adapter,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.faults.campaign import FAULTS
 from benchmarks.faults.scenarios import SCENARIOS, broken_files, contents, differences
@@ -21,7 +25,7 @@ from lape_fast.files import (
     write_json,
     write_tensors,
 )
-from lape_fast.identify import NeuronSet
+from lape_fast.identify import ActivationCounts, CountingSettings, NeuronSet, count_activations
 from lape_fast.models import load_model
 from lape_fast.text import open_corpus
 from lape_fast.tune import TrainingSettings, TuningConfig, tune_language
@@ -111,3 +115,33 @@ def test_training_without_room_is_one_sentence_and_goes_on_with_room(tmp_path, l
     assert lacks_room(error.value) and not (tmp_path / "resumed").exists()
     tune(tmp_path / "resumed")
     assert differences(contents(tmp_path / "resumed"), contents(tmp_path / "straight")) == []
+
+
+def test_a_rank_that_dies_under_torchrun_ends_the_run_and_the_next_start_loses_nothing(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for language in ("cym_Latn", "mlt_Latn"):
+        lines = "\n".join(f"{language} line {number} of a text that takes a while" for number in range(400))
+        (tmp_path / "texts" / f"{language}.txt").write_text(lines)
+    save_tiny(tmp_path / "base")
+    output = tmp_path / "resumed" / "counts.safetensors"
+    options = ["--model", tmp_path / "base", "--corpus", tmp_path / "texts", "--context-length", "32"]
+    options += ["--batch-tokens", "64", "--workers", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "lape_fast", "count", *options, "--output", output, "--checkpoint-minutes", "0"]
+    with subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while not list((tmp_path / "resumed").rglob("*.safetensors")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        process.communicate(timeout=120)
+    assert process.returncode != 0 and not output.exists() and not broken_files(tmp_path / "resumed")
+    model, tokenizer = load_model(tmp_path / "base", device="cpu")
+    settings = CountingSettings(context_length=32, batch_tokens=64)
+    expected = count_activations(model, tokenizer, open_corpus(str(tmp_path / "texts")), settings)
+    # In another number of processes.
+    command = ["count", *options, "--output", output]
+    subprocess.run(list(map(str, [sys.executable, "-m", "lape_fast", *command])), cwd=ROOT, check=True)
+    found = ActivationCounts.load(output)
+    assert torch.equal(found.positive, expected.positive) and torch.equal(found.tokens, expected.tokens)
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
