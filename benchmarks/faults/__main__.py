@@ -43,6 +43,7 @@ def main() -> None:
         figures = {
             "faults": campaign.injected.total(),
             "runs_finished_and_compared": campaign.finished,
+            "runs_ended_by_the_launcher": campaign.ended_by_launcher,
             "defects": campaign.defects,
             "faults_by_command": by_scenario,
             "out_of_disk": campaign.disk,

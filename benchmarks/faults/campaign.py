@@ -131,9 +131,6 @@ def _kill_worker(started: Start, disk: Disk, draw: random.Random) -> bool:
 
 def _kill_rank(started: Start, disk: Disk, draw: random.Random) -> bool:
     started.signal(signal.SIGKILL, [draw.choice(list(started.pids))])
-    # What torchrun does with the others, but not at once: they may notice themselves.
-    if started.wait(GRACE):
-        started.signal(signal.SIGTERM)
     return True
 
 
@@ -159,6 +156,8 @@ class Campaign:
         injected: how many faults of each kind, by scenario and fault.
         defects: what should not have happened, in words.
         finished: runs that were let finish, and compared.
+        ended_by_launcher: runs of several processes in which one waited for another that had ended, in a call that
+            sees no signal, until it was ended as torchrun does it.
     """
 
     folder: Path
@@ -166,6 +165,7 @@ class Campaign:
     injected: Counter[tuple[str, str]] = field(default_factory=Counter)
     defects: list[str] = field(default_factory=list)
     finished: int = 0
+    ended_by_launcher: int = 0
 
     def __enter__(self) -> Campaign:
         self._draw = random.Random(self.seed)
@@ -241,6 +241,8 @@ class Campaign:
         injected = started.wait(delay) and FAULTS[fault](started, self._disk, self._draw)
         if injected:
             self.injected[name, fault] += 1
+        if scenario.processes > 1:
+            self.ended_by_launcher += started.end_with_the_first()
         if started.wait(PATIENCE):
             self._note(name, history, f"still running {PATIENCE:.0f} s later", started)
             started.signal(signal.SIGKILL)
@@ -250,8 +252,8 @@ class Campaign:
         self._disk.free()
         if not injected:
             return False
-        # Of several processes that are signalled, the first to end may be what another one notices first.
-        codes = CODES[fault] | ({ERROR} if scenario.processes > 1 else set())
+        # Of several processes that are signalled, the first to end may be what another one, or the launcher, notices.
+        codes = CODES[fault] | ({ERROR, -signal.SIGTERM, -signal.SIGKILL} if scenario.processes > 1 else set())
         if not set(started.codes.values()) <= codes:
             self._note(name, history, f"exit codes {started.codes}", started)
         elif "Traceback" in started.errors():

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 # Seconds. A process that is still there after PATIENCE hangs; a launcher ends the ones that are left after GRACE.
-PATIENCE, GRACE = 300.0, 60.0
+PATIENCE, GRACE = 300.0, 30.0
 
 # So that the workers of a killed process become children of this one, which can then see and collect them.
 PR_SET_CHILD_SUBREAPER = 36
@@ -87,6 +87,18 @@ class Start:
             if ranks is None or rank in ranks:
                 with contextlib.suppress(ProcessLookupError):
                     (os.killpg if with_workers else os.kill)(pid, number)
+
+    def end_with_the_first(self) -> bool:
+        """Does what torchrun does once a process has failed: asks the others to end, and ends those that do not.
+
+        They have some time to notice by themselves, which torchrun does not give them; whether that was not enough.
+        """
+        self.wait(PATIENCE, until=lambda: any(self.codes.values()))
+        late = self.wait(GRACE)
+        for number in (signal.SIGTERM, signal.SIGKILL) if late else ():
+            self.signal(number)
+            self.wait(GRACE)
+        return late
 
     def workers(self) -> list[int]:
         """The processes that the ranks have started."""
