@@ -27,15 +27,16 @@ struct Rows {
   Scalar* operator[](int64_t row) const { return data + row * stride; }
 };
 
+// Without entries there is no memory, and so no row to point at.
 template <class Scalar>
 Rows<const Scalar> rows_of(const std::optional<Tensor>& values) {
-  if (!values) return {};
+  if (!values || values->numel() == 0) return {};
   return {static_cast<const Scalar*>(values->const_data_ptr()), values->stride(0)};
 }
 
 template <class Scalar>
 Rows<Scalar> mutable_rows_of(const std::optional<Tensor>& values) {
-  if (!values) return {};
+  if (!values || values->numel() == 0) return {};
   return {static_cast<Scalar*>(values->mutable_data_ptr()), values->stride(0)};
 }
 
