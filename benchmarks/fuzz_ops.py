@@ -39,7 +39,6 @@ OF_TORCH = (
     "MathBitsFallback",
     "SymIntArrayRef",
     "DefaultCPUAllocator",
-    "not allocate memory",
     "Storage size calculation overflowed",
 )
 

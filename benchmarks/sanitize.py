@@ -118,7 +118,10 @@ def watch_memory(build: Path, calls: int, seed: int) -> tuple[list[dict[str, Any
         shutil.copytree(ROOT / name, package / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", package)
     planted = build / "planted.so"
-    must(["g++", *flags.split(), "-fvisibility=default", "-shared", "-fPIC", "tests/native/planted.cpp", "-o", planted], ROOT)
+    must(
+        ["g++", *flags.split(), "-fvisibility=default", "-shared", "-fPIC", "tests/native/planted.cpp", "-o", planted],
+        ROOT,
+    )
 
     libraries = [must(["gcc", f"-print-file-name={name}"], ROOT).strip() for name in ("libasan.so", "libstdc++.so")]
     environment = {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <string>
 
@@ -59,6 +60,17 @@ LAPE_INLINE void activate_row(const Scalar* gate, const Scalar* up, Scalar* h, i
       }
     }
   });
+}
+
+// A [rows, columns] tensor like another one, not filled. torch's own error would not say what it is about.
+inline Tensor new_matrix(const char* name, const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t shape[] = {rows, columns};
+  try {
+    return torch::stable::new_empty(like, {shape, 2});
+  } catch (const std::exception&) {
+    STD_TORCH_CHECK(false, "No memory could be had for ", name, " of shape [", rows, ", ", columns,
+                    "]; pass fewer tokens at a time.");
+  }
 }
 
 struct Tile {

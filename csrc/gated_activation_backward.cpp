@@ -160,9 +160,8 @@ std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad_h, const
   }
   const int64_t tokens = gate.size(0), neurons = gate.size(1);
   check_slots(slots, selected, neurons);
-  const int64_t hidden_shape[] = {tokens, selected}, grads_shape[] = {tokens, up ? 2 * selected : selected};
-  Tensor hidden = torch::stable::new_empty(gate, {hidden_shape, 2});
-  Tensor grads = torch::stable::new_empty(gate, {grads_shape, 2});
+  Tensor hidden = new_matrix("hidden", gate, tokens, selected);
+  Tensor grads = new_matrix("grads", gate, tokens, up ? 2 * selected : selected);
   // The slots of any number of neurons may stand in one place of memory, and to walk along them would take for ever.
   if (gate.numel() == 0) return {hidden, grads};
   const std::vector<SelectedNeuron> selection = read_selection(slots, selected, neurons);

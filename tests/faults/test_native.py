@@ -178,6 +178,19 @@ def test_one_neuron_that_stands_for_many_is_refused(weight):
         update(*([each] for each in operands), None, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1)
 
 
+@pytest.mark.parametrize("rows_are_long", [False, True])
+def test_counts_wrap_as_torchs_own_sums_do(rows_are_long):
+    gate, ids = torch.ones(4, 20_000 if rows_are_long else 6), torch.tensor([0, 0, 1, 1], dtype=torch.int32)
+    counts = torch.full((2, gate.shape[1]), 2**63 - 1)
+    forward(gate, None, 0, ids, counts)
+    assert (counts == -(2**63) + 1).all()
+
+
+def test_memory_that_there_is_not_is_told_in_a_sentence():
+    with pytest.raises(RuntimeError, match=r"No memory could be had for h of shape \[1125899906842624, 6\]; pass"):
+        forward(torch.ones(1, 6).expand(2**50, 6), None, 0, None, None)
+
+
 @pytest.mark.parametrize("documents", [0, 2])
 def test_rows_that_no_memory_holds_are_refused(documents):
     from lape_fast import _host
