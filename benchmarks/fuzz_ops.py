@@ -34,7 +34,7 @@ SIZES = [0, 1, 2, 3, 5, 17, 64, 130]
 # Of rows that long none can be allocated, and shorter ones only take their time.
 NUMBERS = [-(2**63), -1, 0, 1, 2, 3, 4, 2**44, 2**62, 2**63 - 1]
 # What the errors of torch itself say, which checks arguments before an op sees them.
-OF_TORCH = ("lape_fast::", "MathBitsFallback", "SymIntArrayRef")
+OF_TORCH = ("lape_fast::", "MathBitsFallback", "SymIntArrayRef", "Storage size calculation overflowed")
 
 
 class Hostile:
@@ -63,7 +63,13 @@ class Hostile:
         return values.to(self.draw.choice(DTYPES + OTHER_DTYPES))
 
     def other_layout(self, values: Tensor, others: Sequence[Tensor]) -> Tensor:
-        return self.draw.choice([lambda: values.mT, lambda: values.mT.contiguous().mT, lambda: values[::2]])()
+        return self.draw.choice(
+            [
+                lambda: values.transpose(0, 1),
+                lambda: values.transpose(0, 1).contiguous().transpose(0, 1),
+                lambda: values[::2],
+            ]
+        )()
 
     def other_shape(self, values: Tensor, others: Sequence[Tensor]) -> Tensor:
         ways = [
