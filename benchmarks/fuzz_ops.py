@@ -33,8 +33,16 @@ OTHER_DTYPES = [torch.int32, torch.int64, torch.bool, torch.complex64, torch.flo
 SIZES = [0, 1, 2, 3, 5, 17, 64, 130]
 # Of rows that long none can be allocated, and shorter ones only take their time.
 NUMBERS = [-(2**63), -1, 0, 1, 2, 3, 4, 2**44, 2**62, 2**63 - 1]
-# What the errors of torch itself say, which checks arguments before an op sees them.
-OF_TORCH = ("lape_fast::", "MathBitsFallback", "SymIntArrayRef", "Storage size calculation overflowed")
+# What the errors of torch itself say, which checks arguments before an op sees them, and runs the fake kernel instead
+# where one of them is of no device.
+OF_TORCH = (
+    "DefaultCPUAllocator",
+    "negative dimension",
+    "lape_fast::",
+    "MathBitsFallback",
+    "SymIntArrayRef",
+    "Storage size calculation overflowed",
+)
 
 
 class Hostile:
