@@ -32,7 +32,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OTHER_DTYPES = [torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint8]
 SIZES = [0, 1, 2, 3, 5, 17, 64, 130]
 # Of rows that long none can be allocated, and shorter ones only take their time.
-NUMBERS = [-(2**63), -1, 0, 1, 2, 3, 4, 2**44, 2**62, 2**63 - 1]
+NUMBERS = [-(2**63), -1, 0, 1, 2, 3, 4, 2**50, 2**62, 2**63 - 1]
 # What the errors of torch itself say, which checks arguments before an op sees them, and runs the fake kernel instead
 # where one of them is of no device.
 OF_TORCH = (
@@ -103,7 +103,7 @@ class Hostile:
         return first.as_strided(first.shape, [2**62, *first.stride()[1:]])
 
     def expanded(self, values: Tensor, others: Sequence[Tensor]) -> Tensor:
-        size = self.draw.choice([values.shape[0], values.shape[0], 2**33, 2**60, 2**62])
+        size = self.draw.choice([values.shape[0], values.shape[0], 2**50, 2**60, 2**62])
         return values[:1].expand(size, *values.shape[1:])
 
     def emptied(self, values: Tensor, others: Sequence[Tensor]) -> Tensor:
