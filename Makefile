@@ -84,21 +84,9 @@ faults: setup
 long-run: setup
 	$(BIN)/python -m benchmarks.long_run --minutes 60 --json benchmarks/results/long_run.json
 
-# The native code under AddressSanitizer and UBSan, on a copy of the package with the tests of the ops; and its inner
-# functions on plain threads under ThreadSanitizer, which also has to find the race of a harness without atomics.
-SANITIZED := build/sanitize
-SANITIZER_LIBRARIES = $$(gcc -print-file-name=libasan.so):$$(gcc -print-file-name=libstdc++.so)
-TORCH_INCLUDES = $$($(BIN)/python -c 'from torch.utils.cpp_extension import include_paths as p; print(*("-I" + i for i in p()))')
+# The native code under AddressSanitizer, UBSan and ThreadSanitizer; exits with 1 if one reports anything.
 sanitize: setup
-	LAPE_FAST_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base $(SANITIZED)/objects --build-lib $(SANITIZED)/package
-	rm -rf $(SANITIZED)/package/tests && cp -r tests benchmarks pyproject.toml $(SANITIZED)/package
-	cd $(SANITIZED)/package && LD_PRELOAD=$(SANITIZER_LIBRARIES) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(CURDIR)/$(BIN)/python -m pytest tests/ops tests/text/test_packing.py -k "not triton and not compile and not opcheck"
-	g++ -std=c++20 -O1 -g -fsanitize=thread -pthread -DTORCH_TARGET_VERSION=0x020b000000000000 $(TORCH_INCLUDES) \
-	  -ffunction-sections -Wl,--gc-sections tests/native/race_harness.cpp -o $(SANITIZED)/race_harness
-	$(SANITIZED)/race_harness
-	! $(SANITIZED)/race_harness --broken 2> $(SANITIZED)/broken.log
-	grep -q "data race" $(SANITIZED)/broken.log
+	$(BIN)/python -m benchmarks.sanitize --json benchmarks/results/sanitize.json
 
 setup: $(VENV)/.built
 

@@ -52,11 +52,13 @@ TEST_REQUIREMENTS = [
 # The kernels choose their instruction set when they run, so no flag depends on the machine that builds. Nobody reads
 # errno or floating-point traps, and without them the compiler may turn a branch into a select.
 OPTIMISE = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-# The first error ends the program. torch is built without what the check of virtual tables needs.
+# The first error ends the program. torch is built without what the check of virtual tables needs, and Python's own
+# -fwrapv would make the overflow of a signed integer no error.
 SANITIZE = os.environ.get("LAPE_FAST_SANITIZE")
 SANITIZERS = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"] if SANITIZE else []
 if SANITIZE:
-    OPTIMISE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-fno-trapping-math", *SANITIZERS]
+    OPTIMISE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-fno-trapping-math"]
+    OPTIMISE += ["-fno-wrapv", "-D_GLIBCXX_ASSERTIONS", *SANITIZERS]
 OPERATOR_SOURCES = [
     "registration",
     "instruction_set",

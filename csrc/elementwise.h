@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <string>
 
@@ -27,15 +28,16 @@ struct Rows {
   Scalar* operator[](int64_t row) const { return data + row * stride; }
 };
 
+// Without entries there is no memory, and so no row to point at.
 template <class Scalar>
 Rows<const Scalar> rows_of(const std::optional<Tensor>& values) {
-  if (!values) return {};
+  if (!values || values->numel() == 0) return {};
   return {static_cast<const Scalar*>(values->const_data_ptr()), values->stride(0)};
 }
 
 template <class Scalar>
 Rows<Scalar> mutable_rows_of(const std::optional<Tensor>& values) {
-  if (!values) return {};
+  if (!values || values->numel() == 0) return {};
   return {static_cast<Scalar*>(values->mutable_data_ptr()), values->stride(0)};
 }
 
@@ -58,6 +60,17 @@ LAPE_INLINE void activate_row(const Scalar* gate, const Scalar* up, Scalar* h, i
       }
     }
   });
+}
+
+// A [rows, columns] tensor like another one, not filled. torch's own error would not say what it is about.
+inline Tensor new_matrix(const char* name, const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t shape[] = {rows, columns};
+  try {
+    return torch::stable::new_empty(like, {shape, 2});
+  } catch (const std::exception&) {
+    STD_TORCH_CHECK(false, "No memory could be had for ", name, " of shape [", rows, ", ", columns,
+                    "]; pass fewer tokens at a time.");
+  }
 }
 
 struct Tile {

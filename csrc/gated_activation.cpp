@@ -41,7 +41,10 @@ LAPE_INLINE void flush(Integer* __restrict counters, int64_t* __restrict counts,
     }
   } else {
     LAPE_VECTORISE
-    for (int64_t column = 0; column < width; ++column) counts[column] += counters[column];
+    for (int64_t column = 0; column < width; ++column) {
+      // Wraps, as the atomic addition does: the caller's counts may be any numbers.
+      counts[column] = static_cast<int64_t>(static_cast<uint64_t>(counts[column]) + counters[column]);
+    }
   }
   std::memset(counters, 0, width * sizeof(Integer));
 }
@@ -119,8 +122,7 @@ Tensor gated_activation(const Tensor& gate, const std::optional<Tensor>& up, int
                         const std::optional<Tensor>& language_ids, const std::optional<Tensor>& counts) {
   check(gate, up, language_ids, counts);
   const int64_t tokens = gate.size(0), neurons = gate.size(1);
-  const int64_t shape[] = {tokens, neurons};
-  Tensor h = torch::stable::new_empty(gate, {shape, 2});
+  Tensor h = new_matrix("h", gate, tokens, neurons);
   // The ids of any number of tokens may stand in one place of memory, and to walk along them would take for ever.
   if (h.numel() == 0) return h;
   const InstructionSet isa = instruction_set();

@@ -1,5 +1,6 @@
 // The backward of h = act(gate) * up, in place over gate and up, keeping the columns of k selected neurons compactly.
 
+#include <limits>
 #include <vector>
 
 #include "elementwise.h"
@@ -92,17 +93,23 @@ LAPE_INLINE void differentiate_tile(const Backward<Scalar>& op, const Tile& tile
   }
 }
 
-// The selected neurons in order; throws unless slots holds each of 0 .. selected - 1 exactly once.
-std::vector<SelectedNeuron> read_selection(const std::optional<Tensor>& slots, int64_t selected, int64_t neurons) {
-  STD_TORCH_CHECK(selected >= 0 && selected <= (slots ? neurons : 0), "selected is ", selected, ", but ",
-                  slots ? "there are " + std::to_string(neurons) + " neurons" : "there are no slots",
+void check_slots(const std::optional<Tensor>& slots, int64_t selected, int64_t neurons) {
+  // A slot is an int32; a tensor of no tokens may have more neurons than that.
+  const int64_t most = slots ? std::min<int64_t>(neurons, std::numeric_limits<int32_t>::max()) : 0;
+  STD_TORCH_CHECK(selected >= 0 && selected <= most, "selected is ", selected, ", but ",
+                  slots ? "there are " + std::to_string(most) + " neurons" : "there are no slots",
                   "; pass the number of slots in the slot map.");
-  std::vector<SelectedNeuron> selection;
-  if (!slots) return selection;
+  if (!slots) return;
   STD_TORCH_CHECK(slots->is_cpu() && slots->scalar_type() == ScalarType::Int && slots->dim() == 1 &&
                       slots->size(0) == neurons,
                   "slots must be int32 [", neurons, "] on the CPU, but its shape is ", shape_of(*slots), ".");
   check_memory("slots", *slots);
+}
+
+// The selected neurons in order; throws unless slots holds each of 0 .. selected - 1 exactly once.
+std::vector<SelectedNeuron> read_selection(const std::optional<Tensor>& slots, int64_t selected, int64_t neurons) {
+  std::vector<SelectedNeuron> selection;
+  if (!slots) return selection;
   const auto* values = static_cast<const int32_t*>(slots->const_data_ptr());
   const int64_t stride = slots->stride(0);
   std::vector<bool> taken(selected, false);
@@ -123,8 +130,10 @@ std::vector<SelectedNeuron> read_selection(const std::optional<Tensor>& slots, i
 void check_disjoint(const char* names, const Tensor& written, const Tensor& other) {
   if (written.numel() == 0) return;
   const int64_t bytes = written.element_size(), width = written.size(1) * bytes, rows = written.size(0);
-  const int64_t stride = written.stride(0) * bytes, other_stride = other.stride(0) * bytes;
-  STD_TORCH_CHECK(rows == 1 || stride >= width, "The rows of a tensor overwritten in place overlap; clone it first.");
+  // The stride of a single row may be any number, and overflow in bytes.
+  const int64_t stride = rows == 1 ? width : written.stride(0) * bytes;
+  const int64_t other_stride = rows == 1 ? width : other.stride(0) * bytes;
+  STD_TORCH_CHECK(stride >= width, "The rows of a tensor overwritten in place overlap; clone it first.");
   const auto first = reinterpret_cast<intptr_t>(written.const_data_ptr());
   const auto other_first = reinterpret_cast<intptr_t>(other.const_data_ptr());
   const int64_t offset = other_first - first;
@@ -150,10 +159,12 @@ std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad_h, const
     check_disjoint("gate and up", gate, *up);
   }
   const int64_t tokens = gate.size(0), neurons = gate.size(1);
+  check_slots(slots, selected, neurons);
+  Tensor hidden = new_matrix("hidden", gate, tokens, selected);
+  Tensor grads = new_matrix("grads", gate, tokens, up ? 2 * selected : selected);
+  // The slots of any number of neurons may stand in one place of memory, and to walk along them would take for ever.
+  if (gate.numel() == 0) return {hidden, grads};
   const std::vector<SelectedNeuron> selection = read_selection(slots, selected, neurons);
-  const int64_t hidden_shape[] = {tokens, selected}, grads_shape[] = {tokens, up ? 2 * selected : selected};
-  Tensor hidden = torch::stable::new_empty(gate, {hidden_shape, 2});
-  Tensor grads = torch::stable::new_empty(gate, {grads_shape, 2});
   const InstructionSet isa = instruction_set();
   dispatch(gate.scalar_type(), activation, up.has_value(), [&]<class Scalar, Activation chosen, bool gated>() {
     const Backward<Scalar> op{rows_of<Scalar>(grad_h),        mutable_rows_of<Scalar>(gate),

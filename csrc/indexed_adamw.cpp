@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -131,7 +132,9 @@ Span span_of_weight(const Tensor& weight) {
                   " and its strides are [", weight.stride(0), ", ", weight.stride(1), "]; pass a clone.");
   const auto begin = reinterpret_cast<intptr_t>(weight.const_data_ptr());
   const int64_t length = outer.second == 1 ? extent : (outer.second - 1) * outer.first + extent;
-  return {"A weight", begin, begin + length * bytes, true, extent * bytes, outer.first * bytes};
+  // The stride of a single row may be any number, and overflow in bytes.
+  const int64_t period = outer.first > std::numeric_limits<int64_t>::max() / bytes ? 0 : outer.first * bytes;
+  return {"A weight", begin, begin + length * bytes, true, extent * bytes, period};
 }
 
 bool side_by_side(const Span& left, const Span& right) {
@@ -171,6 +174,9 @@ std::vector<int64_t> read_neurons(const std::vector<Tensor>& neurons) {
     STD_TORCH_CHECK(chosen.is_cpu() && chosen.dim() == 1 && chosen.scalar_type() == ScalarType::Long,
                     "neurons must be int64 [K] on the CPU, but the shape of one is ", shape_of(chosen), ".");
     check_memory("neurons", chosen);
+    // Any number of them may stand in one place of memory, and their copies in no memory.
+    STD_TORCH_CHECK(chosen.size(0) <= 1 || chosen.stride(0) != 0, "neurons must increase strictly, but one of them ",
+                    "stands for all ", chosen.size(0), ".");
     const auto* values = static_cast<const int64_t*>(chosen.const_data_ptr());
     for (int64_t place = 0; place < chosen.size(0); ++place) every.push_back(values[place * chosen.stride(0)]);
   }

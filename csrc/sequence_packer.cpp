@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <string>
 #include <utility>
@@ -112,6 +113,11 @@ void check(const Array<std::int32_t>& tokens, const Array<std::int64_t>& lengths
            const Array<std::int32_t>& languages, std::int64_t context, const Array<std::int32_t>& special_ids) {
   require(tokens.ndim() == 1 && lengths.ndim() == 1 && languages.ndim() == 1 && special_ids.ndim() == 1,
           "tokens, lengths, languages and special_ids must have one dimension each");
+  const auto aligned = [](const py::array& values) {
+    return (values.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0;
+  };
+  require(aligned(tokens) && aligned(lengths) && aligned(languages) && aligned(special_ids),
+          "tokens, lengths, languages and special_ids must not begin at an address that is no multiple of their size");
   require(context >= 2, "context_length is " + std::to_string(context) + ", but must be at least 2");
   require(lengths.size() == languages.size(), std::to_string(lengths.size()) + " lengths do not match " +
                                                   std::to_string(languages.size()) + " languages");
@@ -157,6 +163,10 @@ py::tuple pack_documents(const Array<std::int32_t>& tokens, const Array<std::int
       special[value] = true;
     }
   }
+  // Otherwise the bytes of the arrays would overflow before numpy could say that there is no such memory.
+  require(width <= std::numeric_limits<std::int64_t>::max() / 8 / std::max<std::int64_t>(rows, 1),
+          "context_length is " + std::to_string(context) + ", but no memory holds " + std::to_string(rows) +
+              " rows of so many tokens");
   py::array_t<std::int64_t> input_ids({rows, width});
   py::array_t<std::int64_t> position_ids({rows, width});
   py::array_t<std::int32_t> language_ids({rows, width});

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks.fuzz_ops import CALLS, outcome_of
 from lape_fast.errors import ShapeError
 from lape_fast.ops import gated_activation
 from lape_fast.ops.backend import EXTENSION_LOADED
@@ -139,6 +141,82 @@ def test_rows_of_any_length_are_packed_without_an_overflow():
     none = torch.zeros(0, dtype=torch.int32).numpy()
     ids, _, _ = _host.pack_documents(tokens, lengths, languages, 2**63 - 1, 0, none, True)
     assert ids.tolist() == [[3, 4, 5, 6, 7], [0, 1, 2, 0, 0]]
+
+
+def test_the_stride_of_a_single_row_means_nothing():
+    """torch lets it be anything, and a product with it would overflow."""
+    single = [torch.ones(6).as_strided((1, 6), (2**62, 1)) for _ in range(3)]
+    assert forward(single[0], single[1], 3, None, None).tolist() == [[1.0] * 6]
+    hidden, grads = backward(*single, 3, SLOTS, 2)
+    assert (hidden.tolist(), grads.tolist()) == ([[1.0] * 2], [[1.0] * 4])
+    weight = torch.zeros(3).as_strided((1, 3), (2**62, 1))
+    operands = [weight, torch.tensor([0]), *(torch.zeros(1, 3) for _ in range(4))]
+    operands[3] += 2
+    update(*([each] for each in operands), None, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1)
+    assert weight.tolist() == [[2.0] * 3]
+
+
+def test_a_backward_without_slots_writes_no_columns():
+    hidden, grads = backward(GATE, GATE.clone(), GATE.clone(), 0, None, 0)
+    assert (hidden.shape, grads.shape) == ((4, 0), (4, 0))
+
+
+def test_more_neurons_than_slots_can_number_are_refused():
+    nothing, slots = torch.empty(0, 2**62), torch.tensor([-1], dtype=torch.int32).expand(2**62)
+    with pytest.raises(RuntimeError, match="selected is"):
+        backward(nothing, nothing, nothing, 0, slots, 2**62)
+    # One number in memory, however many it stands for: it is not walked along.
+    hidden, grads = backward(nothing, nothing, nothing, 0, slots, 2)
+    assert (hidden.shape, grads.shape) == ((0, 2), (0, 4))
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(2**50, 0), torch.zeros(0)])
+def test_one_neuron_that_stands_for_many_is_refused(weight):
+    nothing = torch.empty(2**50, 0)
+    operands = [weight, torch.tensor([0]).expand(2**50), nothing, nothing, nothing, nothing]
+    with pytest.raises(RuntimeError, match="increase strictly"):
+        update(*([each] for each in operands), None, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1)
+
+
+# With 200 tokens, threads share the columns.
+@pytest.mark.parametrize("tokens", [4, 200])
+def test_counts_wrap_as_torchs_own_sums_do(tokens):
+    gate, ids = torch.ones(tokens, 300), (torch.arange(tokens) < tokens // 2).int()
+    counts = torch.full((2, 300), 2**63 - 1)
+    forward(gate, None, 0, ids, counts)
+    assert (counts == -(2**63) + tokens // 2 - 1).all()
+
+
+def test_memory_that_there_is_not_is_told_in_a_sentence():
+    with pytest.raises(RuntimeError, match=r"No memory could be had for h of shape \[1125899906842624, 6\]; pass"):
+        forward(torch.ones(1, 6).expand(2**50, 6), None, 0, None, None)
+
+
+@pytest.mark.parametrize("documents", [0, 2])
+def test_rows_that_no_memory_holds_are_refused(documents):
+    from lape_fast import _host
+
+    zeros = np.zeros(documents, dtype=np.int32)
+    with pytest.raises(ValueError, match="context_length is 9223372036854775807"):
+        _host.pack_documents(zeros, zeros.astype(np.int64) + 1, zeros, 2**63 - 1, 0, zeros[:0], False)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 5])
+def test_arrays_at_odd_addresses_are_refused(place):
+    from lape_fast import _host
+
+    arguments = [np.zeros(2, np.int32), np.ones(2, np.int64), np.zeros(2, np.int32), 4, 0, np.ones(2, np.int32), False]
+    proper = arguments[place]
+    arguments[place] = np.frombuffer(b"." + proper.tobytes(), dtype=proper.dtype, offset=1)
+    with pytest.raises(ValueError, match="must not begin at an address"):
+        _host.pack_documents(*arguments)
+
+
+def test_random_calls_are_run_or_refused_in_a_sentence():
+    outcomes = [outcome_of(seed=1, number=number) for number in range(3_000)]
+    assert [message for _, outcome, message in outcomes if outcome == "FAILED"] == []
+    found = {(name, outcome) for name, outcome, _ in outcomes}
+    assert found >= {(name, outcome) for name in CALLS for outcome in ("run", "refused")}
 
 
 @pytest.mark.parametrize("threads", [2, 8])
