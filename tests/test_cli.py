@@ -394,6 +394,13 @@ def test_count_says_how_fast_it_was_what_it_skipped_and_how_stable_each_language
     assert "of the time." in errors and "mlt_Latn.txt" in errors and "0xff" in errors
 
 
+def test_a_selection_that_leaves_languages_without_neurons_says_what_to_do(workplace):
+    select = ["select", workplace / "out" / "counts.safetensors", "--output"]
+    printed = " ".join(run(*select, workplace / "none.safetensors", "--rule", "budget:neurons=1,floor=1").split())
+    assert f"{len(TEXTS)} of {len(TEXTS)} languages have no neurons" in printed and "--rule budget" in printed
+    assert "have no neurons" not in run(*select, workplace / "all.safetensors", "--rule", "budget:neurons=1,floor=0")
+
+
 def test_publish_lays_out_a_release_that_reads_back(workplace):
     folder, release = workplace / "out", workplace / "release"
     command = ["publish", release, "--counts", folder / "counts.safetensors", "--license", "cc0-1.0"]
@@ -436,6 +443,8 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
     base, texts = workplace / "base", workplace / "texts"
     bad = workplace / "bad.yaml"
     bad.write_text("top_rte: 0.5\n")
+    listed = workplace / "listed.yaml"
+    listed.write_text("languages: [mt, en]\n")
     bad_json, other = workplace / "bad.json", workplace / "other.json"
     bad_json.write_text("[1]")
     other.write_text(json.dumps({"neurons_fingerprint": "another", "selectivity": {}, "mean_selectivity": {}}))
@@ -454,6 +463,7 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
         (["select", counts, "--output", workplace / "n.safetensors", "--ablation", other], "other neurons"),
         (["select", counts, "--output", workplace / "n.safetensors", "--config", bad], "top_rte"),
         (["select", counts, "--output", workplace / "n.safetensors", "--config", bad], "are ablation, counts, lang"),
+        (["select", counts, "--output", workplace / "n.safetensors", "--config", listed], "with commas between them"),
         (["select", neurons, "--output", workplace / "n.safetensors"], "'neurons'"),
         (["convert", workplace / "x.pth", "--output", workplace / "n.safetensors"], "--languages"),
         ([*tune, "--neurons", neurons, "--language", "deu_Latn"], "deu_Latn"),
@@ -462,6 +472,8 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
         ([*tune, "--neurons", neurons, "--language", "mlt_Latn", "--dry-run", "--gpu", "RTX 1"], "RTX 1"),
         (["evaluate", "--model", workplace / "nowhere", "--corpus", texts], "nowhere"),
         (["evaluate", "--model", base, "--corpus", workplace / "nowhere"], "nowhere"),
+        # Told before the base is loaded and measured: neither is there.
+        (["evaluate", "--model", "no/model", "--adapter", workplace / "nowhere"], "is not an adapter folder"),
         (["evaluate", "--model", base, "--corpus", texts, "--quantise", "gptq"], "use one of nf4, int8, torchao-int8"),
         ([*count, "--quantise", "nf4", "--fsdp"], "cannot be quantised as nf4"),
         (["publish", texts, "--counts", counts, "--neurons", neurons], "texts exists already"),
