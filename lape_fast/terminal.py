@@ -213,7 +213,9 @@ def _print_score_table(measured: dict) -> None:
         _print_whole(table)
         Console().print("Bits per byte, and in brackets how they differ from the base.")
         return
-    table = new_table("language", *(f"{name}: bits per byte" for name in measured), "change", "perplexity")
+    table = new_table(
+        "language", *(f"{name}: bits per byte" for name in measured), "change", f"{list(measured)[-1]}: perplexity"
+    )
     for language in measured["base"]:
         values = [scores[language]["bits_per_byte"] for scores in measured.values()]
         last = list(measured.values())[-1][language]
