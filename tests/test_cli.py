@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lape_fast.cli import app, main
 from lape_fast.errors import StoppedError
 from lape_fast.identify import ActivationCounts, NeuronSet
-from lape_fast.terminal import print_ablation, print_facts
+from lape_fast.terminal import print_ablation, print_facts, print_neurons
 from tests.report.samples import matrix_of
 from tests.tiny_models import save_tiny
 
@@ -394,13 +394,13 @@ def test_count_says_how_fast_it_was_what_it_skipped_and_how_stable_each_language
     assert "of the time." in errors and "mlt_Latn.txt" in errors and "0xff" in errors
 
 
-def test_a_selection_that_leaves_languages_without_neurons_says_what_to_do(workplace):
-    select = ["select", workplace / "out" / "counts.safetensors", "--output"]
-    printed = " ".join(
-        run(*select, workplace / "none.safetensors", "--rule", "budget:neurons=1,floor=0.999999").split()
-    )
-    assert f"{len(TEXTS)} of {len(TEXTS)} languages have no neurons" in printed and "--rule budget" in printed
-    assert "have no neurons" not in run(*select, workplace / "all.safetensors", "--rule", "budget:neurons=1,floor=0")
+def test_languages_without_neurons_are_counted_and_a_way_out_is_named(capsys):
+    lists = {"mlt_Latn": [[1], [2, 3]], "isl_Latn": [[], []], "eng_Latn": [[], []]}
+    print_neurons(NeuronSet.from_lists(lists, neurons_per_layer=48), as_json=False)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 of 3 languages have no neurons" in printed and "--rule budget" in printed
+    print_neurons(NeuronSet.from_lists({"mlt_Latn": [[1], [2, 3]]}, neurons_per_layer=48), as_json=False)
+    assert "have no neurons" not in capsys.readouterr().out
 
 
 def test_publish_lays_out_a_release_that_reads_back(workplace):
