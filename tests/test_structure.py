@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lape_fast"
 # A folder imports only from folders to its left.
 ORDER = ["kernels", "ops", "models", "text", "identify", "tune", "study", "report"]
 # What every folder may import.
-COMMON = {"errors", "files", "progress", "__version__", "_C", "_host"}
+COMMON = {"errors", "files", "progress", "yaml_files", "__version__", "_C", "_host"}
 
 
 def imported_parts(path: Path) -> set[str]:
