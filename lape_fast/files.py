@@ -19,18 +19,20 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import fcntl
 except ImportError:
     fcntl = None
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from lape_fast.errors import FileExistsAlreadyError, FileFormatError, LapeFastError
+
+# The command line imports this module, and `--help` should not wait for torch.
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA_VERSION = 1
 
@@ -273,6 +275,8 @@ def write_tensors(
         tensors: name -> tensor, on any device.
         metadata: JSON-serialisable values; ``kind`` and ``schema_version`` are added.
     """
+    from safetensors.torch import save
+
     header = {"kind": kind, "schema_version": SCHEMA_VERSION, **metadata}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     encoded = {name: json.dumps(value, ensure_ascii=False) for name, value in header.items()}

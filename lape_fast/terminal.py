@@ -79,6 +79,12 @@ SELECTIVITY = {
 COST_UNIT = "Costs: bits per byte that switching the neurons off adds for the language itself, and what that exceeds."
 HALVES = "Halves agree: Jaccard index of the neurons that the two halves of a language's text select."
 
+# LAPE's own thresholds leave a small model's languages without neurons.
+NONE_SELECTED = (
+    "{without} of {languages} languages have no neurons by this rule. `lape-fast select` with --rule budget gives each "
+    "as many as the others, in a second and from the same counts; with LAPE, raise top_rate and lower both quantiles."
+)
+
 
 def print_neuron_table(summary: dict[str, Any]) -> None:
     """Prints the summary of a neuron set, with ``counted`` and ``selectivity`` per language if it has them."""
@@ -95,6 +101,8 @@ def print_neuron_table(summary: dict[str, Any]) -> None:
     _print_whole(table)
     total = summary["layers"] * summary["neurons_per_layer"]
     Console().print(f"{summary['union']:,} of {total:,} neurons belong to at least one language.")
+    if without := list(summary["per_language"].values()).count(0):
+        Console().print(NONE_SELECTED.format(without=without, languages=len(summary["per_language"])))
     if counted:
         Console().print(HALVES)
     if selectivity:
@@ -205,7 +213,9 @@ def _print_score_table(measured: dict) -> None:
         _print_whole(table)
         Console().print("Bits per byte, and in brackets how they differ from the base.")
         return
-    table = new_table("language", *(f"{name}: bits per byte" for name in measured), "change", "perplexity")
+    table = new_table(
+        "language", *(f"{name}: bits per byte" for name in measured), "change", f"{list(measured)[-1]}: perplexity"
+    )
     for language in measured["base"]:
         values = [scores[language]["bits_per_byte"] for scores in measured.values()]
         last = list(measured.values())[-1][language]

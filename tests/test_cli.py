@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lape_fast.cli import app, main
 from lape_fast.errors import StoppedError
 from lape_fast.identify import ActivationCounts, NeuronSet
-from lape_fast.terminal import print_ablation, print_facts
+from lape_fast.terminal import print_ablation, print_facts, print_neurons
 from tests.report.samples import matrix_of
 from tests.tiny_models import save_tiny
 
@@ -404,6 +404,15 @@ def test_count_says_how_fast_it_was_what_it_skipped_and_how_stable_each_language
     assert "of the time." in errors and "mlt_Latn.txt" in errors and "0xff" in errors
 
 
+def test_languages_without_neurons_are_counted_and_a_way_out_is_named(capsys):
+    lists = {"mlt_Latn": [[1], [2, 3]], "isl_Latn": [[], []], "eng_Latn": [[], []]}
+    print_neurons(NeuronSet.from_lists(lists, neurons_per_layer=48), as_json=False)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 of 3 languages have no neurons" in printed and "--rule budget" in printed
+    print_neurons(NeuronSet.from_lists({"mlt_Latn": [[1], [2, 3]]}, neurons_per_layer=48), as_json=False)
+    assert "have no neurons" not in capsys.readouterr().out
+
+
 def test_publish_lays_out_a_release_that_reads_back(workplace):
     folder, release = workplace / "out", workplace / "release"
     command = ["publish", release, "--counts", folder / "counts.safetensors", "--license", "cc0-1.0"]
@@ -446,6 +455,8 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
     base, texts = workplace / "base", workplace / "texts"
     bad = workplace / "bad.yaml"
     bad.write_text("top_rte: 0.5\n")
+    listed = workplace / "listed.yaml"
+    listed.write_text("languages: [mt, en]\n")
     bad_json, other = workplace / "bad.json", workplace / "other.json"
     bad_json.write_text("[1]")
     other.write_text(json.dumps({"neurons_fingerprint": "another", "selectivity": {}, "mean_selectivity": {}}))
@@ -464,6 +475,7 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
         (["select", counts, "--output", workplace / "n.safetensors", "--ablation", other], "other neurons"),
         (["select", counts, "--output", workplace / "n.safetensors", "--config", bad], "top_rte"),
         (["select", counts, "--output", workplace / "n.safetensors", "--config", bad], "are ablation, counts, lang"),
+        (["select", counts, "--output", workplace / "n.safetensors", "--config", listed], "with commas between them"),
         (["select", neurons, "--output", workplace / "n.safetensors"], "'neurons'"),
         (["convert", workplace / "x.pth", "--output", workplace / "n.safetensors"], "--languages"),
         ([*tune, "--neurons", neurons, "--language", "deu_Latn"], "deu_Latn"),
@@ -472,6 +484,8 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
         ([*tune, "--neurons", neurons, "--language", "mlt_Latn", "--dry-run", "--gpu", "RTX 1"], "RTX 1"),
         (["evaluate", "--model", workplace / "nowhere", "--corpus", texts], "nowhere"),
         (["evaluate", "--model", base, "--corpus", workplace / "nowhere"], "nowhere"),
+        # Told before the base is loaded and measured: neither is there.
+        (["evaluate", "--model", "no/model", "--adapter", workplace / "nowhere"], "is not an adapter folder"),
         (["evaluate", "--model", base, "--corpus", texts, "--quantise", "gptq"], "use one of nf4, int8, torchao-int8"),
         ([*count, "--quantise", "nf4", "--fsdp"], "cannot be quantised as nf4"),
         (["publish", texts, "--counts", counts, "--neurons", neurons], "texts exists already"),

@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 SMALLER = {
     r"torchrun --nproc-per-node 8 -m lape_fast": "lape-fast",
     r" --fsdp": "",
-    r"(meta-llama/Llama-3.1-\d+B|HuggingFaceTB/SmolLM2-135M)": "base",
+    r"(meta-llama/Llama-3.1-\d+B|HuggingFaceTB/SmolLM2-135M|lape-demo/base)": "base",
     r"--corpus (glotcc|cldr)": "--corpus texts/",
     r"--languages mt,cy,is,ka,sk": "--languages mt,is",
     r"--tokens-per-language \d+": "--tokens-per-language 400 --context-length 32 --batch-tokens 64",

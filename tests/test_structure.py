@@ -77,6 +77,20 @@ def test_the_bare_import_does_not_even_load_torch():
     assert run("import sys, lape_fast; print('torch' in sys.modules)").strip() == "False"
 
 
+def test_help_and_completion_do_not_wait_for_torch():
+    code = (
+        "import sys\n"
+        "from lape_fast.cli import main\n"
+        "sys.argv = ['lape-fast', 'tune', '--help']\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as ended:\n"
+        "    assert not ended.code\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    assert run(code).splitlines()[-1] == "[]"
+
+
 def test_every_public_name_exists():
     import lape_fast
 

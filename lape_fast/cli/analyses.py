@@ -84,7 +84,10 @@ def weights(
     adapters: Annotated[list[Path], typer.Argument(help="Adapter folders of one base, of any method.")],
     model: Annotated[
         str | None,
-        typer.Option("--model", help="The base: a folder or a hub id in the local cache; what the adapters name."),
+        typer.Option(
+            "--model",
+            help="The base: a folder or a hub id in the local cache; by default the one that the adapters name.",
+        ),
     ] = None,
     output: JsonOutput = Path("weights.json"),
     config: Config = None,

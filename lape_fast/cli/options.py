@@ -32,7 +32,10 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     for name, value in values.items():
         option = known[name.replace("_", "-")]
         if isinstance(value, list) and not option.multiple:
-            raise ConfigError(f"The configuration {path} gives {name} a list, but it takes one value; write one.")
+            raise ConfigError(
+                f"The configuration {path} gives {name} a list, but it takes one value; write it as the flag would be, "
+                "several codes or tasks with commas between them."
+            )
         # One value of an option that may be repeated need not be written as a list.
         defaults[option.name] = [value] if option.multiple and not isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **defaults}

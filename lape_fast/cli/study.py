@@ -68,8 +68,10 @@ def evaluate(
     from lape_fast.study import evaluate_tasks, expand_tasks, prepare_text, score
     from lape_fast.tune import load_adapter, name_adapters
 
+    named = name_adapters(adapter)
     # Of one adapter it is clear which.
-    named = {"adapter": adapter[0]} if len(adapter) == 1 else name_adapters(adapter)
+    if len(adapter) == 1:
+        named = {"adapter": adapter[0]}
     codes, names = split_codes(languages), split_codes(tasks)
     if names:
         # What is misspelt is told before a model is loaded.

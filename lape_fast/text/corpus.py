@@ -20,6 +20,8 @@ from lape_fast.text.records import LineRange
 from lape_fast.text.streams import DocumentStream, LocalPart, Part, Source
 
 BUILT_IN = "cldr"
+# How many languages an error lists where none is near.
+SHOWN = 5
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -231,10 +233,12 @@ def _choose(wanted: Iterable[str] | None, available: Iterable[str], corpus: str)
         except LanguageError:
             language = None
         if language not in available:
-            near = nearest(code, available) or sorted(available)[:5]
+            near = nearest(code, available)
+            some = sorted(available)[:SHOWN]
+            offer = f"near ones are {', '.join(near)}" if near else f"it has {', '.join(some)}"
+            more = ", ..." if not near and len(some) < len(available) else ""
             raise CorpusError(
-                f"The corpus {corpus} has no language {code!r} among its {len(available)}; near ones are "
-                f"{', '.join(near)}."
+                f"The corpus {corpus} has no language {code!r} among its {len(available)}; {offer}{more}."
             )
         chosen.add(language)
     if not chosen:

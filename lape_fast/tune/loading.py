@@ -104,8 +104,14 @@ def name_adapters(folders: Sequence[str | os.PathLike]) -> dict[str, str | os.Pa
 
     Raises:
         ConfigError: a folder is named twice.
+        FileFormatError: a folder is not there, or holds no adapter.
     """
     paths = [Path(folder) for folder in folders]
+    for path in paths:
+        if not any((path / name).is_file() for name in (adapter.CONFIG_NAME, dense.CONFIG_NAME)):
+            raise FileFormatError(
+                f"{path} is not an adapter folder: it has no {adapter.CONFIG_NAME}; name the folder tune wrote."
+            )
     short = [path.resolve().name for path in paths]
     names = short if len(set(short)) == len(paths) else list(map(str, paths))
     if len(set(names)) < len(names):

@@ -174,7 +174,10 @@ def install(
     check_neurons(ffns, neurons)
     trained = [layer for layer, chosen in enumerate(neurons) if len(chosen)]
     if not trained:
-        raise TrainingError("No layer has a neuron to train; select neurons with a higher top_rate.")
+        raise TrainingError(
+            "No layer has a neuron to train: the selection gave this language none; select with a higher top_rate, or "
+            "by the rule budget, which gives every language as many."
+        )
     installed = {layer.ffn.layer: layer for layer in installed_layers(model)}
     check_name(list(installed.values()), name)
     earlier = list(next(iter(installed.values())).selections) if installed else []
