@@ -28,7 +28,7 @@ from lape_fast.errors import (
     TrainingError,
     WorkerError,
 )
-from lape_fast.files import fits, lacks_room, read_json, write_json
+from lape_fast.files import fits, is_number, lacks_room, read_json, write_json
 from lape_fast.identify.distributed import OTHER_ENDED, World, joined_world
 from lape_fast.models import supports_packing
 from lape_fast.progress import progress_bar
@@ -47,9 +47,13 @@ def _is_interval(value: Any) -> bool:
     return type(value) in (int, float) and value > 0
 
 
+def _is_entry(value: Any) -> bool:
+    return fits(value, {"step": int, "epoch": (int, float)}) and fits(value, {str: is_number})
+
+
 # Of the Trainer's state, what it and we compute with.
 STATE = {
-    "log_history": [{"step": int, "epoch": (int, float)}],
+    "log_history": [_is_entry],
     "logging_steps": _is_interval,
     "eval_steps": _is_interval,
     "save_steps": _is_interval,

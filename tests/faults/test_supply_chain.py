@@ -139,7 +139,15 @@ def test_a_checkpoint_of_training_runs_no_code(tmp_path, name, content):
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize(("name", "value"), [("save_steps", {}), ("logging_steps", 0), ("log_history", [{}])])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("save_steps", {}),
+        ("logging_steps", 0),
+        ("log_history", [{}]),
+        ("log_history", [{"step": 1, "epoch": 1, "loss": None}]),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_whose_state_makes_no_sense_is_not_resumed(tmp_path, name, value):
     """The run starts again, as from a checkpoint that was not written to its end."""
