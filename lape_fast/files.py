@@ -106,6 +106,30 @@ def _unfinished(path: Path, make: Callable[..., Any]) -> tuple[Path, int]:
         os.close(lock)
 
 
+@contextlib.contextmanager
+def alone_in(folder: str | os.PathLike) -> Iterator[None]:
+    """Keeps the folder of an unfinished run to this process and those that it starts, for the ``with`` block.
+
+    Raises:
+        FileExistsAlreadyError: another process has it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("wb") as file:
+        try:
+            if fcntl:
+                # Not flock, whose locks the workers of a killed process would keep.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise FileExistsAlreadyError(
+                f"{folder} belongs to a run that is still going on; wait for its end, or choose another output."
+            ) from error
+        # A file system without locks.
+        except OSError:
+            pass
+        yield
+
+
 def _sync(path: Path) -> None:
     with path.open("rb+") as written:
         os.fsync(written.fileno())

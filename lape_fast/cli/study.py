@@ -90,6 +90,9 @@ def evaluate(
             columns[name] = score(loaded, text, f"evaluating {name}")
             loaded_adapter.detach(keep=False)
     print_scores(columns, as_json, results)
+    if results and all(row.why for row in results.rows):
+        first = results.rows[0]
+        raise ConfigError(f"No task could be measured; why {first.task} could not: {first.why}")
 
 
 def ablate(

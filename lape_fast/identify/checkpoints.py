@@ -168,7 +168,12 @@ def _compared(value: Any) -> Any:
 
 
 def _in_words(value: Any) -> str:
-    described = f"{value.get('spec')} ({str(value.get('fingerprint'))[:12]})" if isinstance(value, dict) else str(value)
+    described = str(value)
+    if isinstance(value, dict):
+        described = (
+            f"{value.get('spec')}, {len(value.get('languages') or ())} languages, lines {value.get('lines') or 'all'} "
+            f"({str(value.get('fingerprint'))[:12]})"
+        )
     return described if len(described) <= 100 else described[:97] + "..."
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lape_fast.errors import ConfigError, CorpusError, FileFormatError, StoppedError, WorkerError
+from lape_fast.files import alone_in
 from lape_fast.identify.checkpoints import Checkpoints
 from lape_fast.identify.chunks import CountingSettings, Group, Position, Shard, queues, read_groups
 from lape_fast.identify.counting_ffn import by_language, count_batch, counting_ffns, set_by_language, zero_counts
@@ -77,12 +78,18 @@ def count_activations(
         >>> counts = count_activations(model, tokenizer, open_corpus("texts/"))
         >>> counts.save("counts.safetensors")
     """
-    settings = fit_settings(model, settings or CountingSettings())
-    run = _Run(model, tokenizer, corpus, settings, checkpoint, workers, world or World())
+    settings, world = fit_settings(model, settings or CountingSettings()), world or World()
+    with contextlib.ExitStack() as stack:
+        if checkpoint is not None and world.is_main:
+            stack.enter_context(alone_in(checkpoint))
+        return _count(_Run(model, tokenizer, corpus, settings, checkpoint, workers, world), model, checkpoint_seconds)
+
+
+def _count(run: _Run, model: nn.Module, checkpoint_seconds: float) -> ActivationCounts:
     with (
         counting_ffns(model, run.counts) as modules,
         progress_bar("counting", run.shards) as advance,
-        _stop_signals(catch=checkpoint is not None) as stop,
+        _stop_signals(catch=run.checkpoints.folder is not None) as stop,
     ):
         try:
             while True:

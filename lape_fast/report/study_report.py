@@ -200,15 +200,14 @@ def _setup(results: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{language_label(code)} {number:,}" for code, number in results["neurons"].items())
     done, failed = (sum(facts[name] for facts in summary["methods"].values()) for name in ("runs", "failed"))
     return [
-        f"The base is {base['name']}{trained}. Every method is trained alike: {length} of "
+        f"The base is {'a model' if trained else base['name']}{trained}. Every method is trained alike: {length} of "
         f"{training['rows_per_step']} rows of {training['context_length']} tokens, packed, loss on real tokens "
         "only, one optimizer from start to end, best measurement on the validation lines kept.",
         f"Neurons by the rule {recipe['identify']['rule']}, of {results['neurons_total']:,}: {counts}.",
         f"Change elsewhere is measured in {len(results['before']['test_others']):,} languages. {done} runs "
-        f"succeeded and {failed} failed, on {machine['device']} with {machine['threads']} threads, torch "
-        f"{machine['torch']}. In seconds of processor time: "
-        + ", ".join(f"{name} {seconds:,.0f}" for name, seconds in summary["processor_seconds"].items())
-        + ".",
+        f"succeeded and {failed} failed, on {machine['device']} with {machine['threads']} "
+        f"{'thread' if machine['threads'] == 1 else 'threads'}, torch {machine['torch']}. In seconds of processor "
+        "time: " + ", ".join(f"{name} {seconds:,.0f}" for name, seconds in summary["processor_seconds"].items()) + ".",
     ]
 
 

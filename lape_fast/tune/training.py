@@ -28,7 +28,7 @@ from lape_fast.errors import (
     TrainingError,
     WorkerError,
 )
-from lape_fast.files import fits, is_number, lacks_room, read_json, write_json
+from lape_fast.files import alone_in, fits, is_number, lacks_room, read_json, write_json
 from lape_fast.identify.distributed import OTHER_ENDED, World, joined_world
 from lape_fast.models import supports_packing
 from lape_fast.progress import progress_bar
@@ -232,6 +232,8 @@ def train(
     tokens_per_step = settings.rows_per_step * settings.context_length
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(joined_world())
+        if world.is_main:
+            stack.enter_context(alone_in(output))
         _claim(output, claim, world)
         set_seed(settings.seed)
         trainer = _trainer(model, rows, validation, output, steps, settings, optimizer, world)

@@ -15,8 +15,9 @@ import torch
 
 from benchmarks.faults.campaign import FAULTS
 from benchmarks.faults.scenarios import SCENARIOS, broken_files, contents, differences
-from lape_fast.errors import LapeFastError
+from lape_fast.errors import FileExistsAlreadyError, LapeFastError
 from lape_fast.files import (
+    alone_in,
     atomic_folder,
     atomic_path,
     lacks_room,
@@ -86,6 +87,25 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     with write(path):
         pass
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_belongs_to_one_run_until_it_ends(tmp_path):
+    code = (
+        "import sys, lape_fast.files as files\n"
+        "with files.alone_in(sys.argv[1]):\n"
+        "    print('there', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    process.stdout.readline()
+    with pytest.raises(FileExistsAlreadyError, match="still going on"), alone_in(tmp_path / "run"):
+        pass
+    process.kill()
+    process.communicate()
+    with alone_in(tmp_path / "run"):
+        pass
 
 
 # Bytes of the largest file: of the adapter, of the optimizer, of the Trainer's state, of its random state.

@@ -24,6 +24,7 @@ from lape_fast.errors import ArchitectureError, ConfigError, FileFormatError, La
 from lape_fast.study import SUITES, TaskResults, evaluate_tasks, expand_tasks
 from lape_fast.study.suites import NamedTask, own_task
 from lape_fast.tune import SubnetworkConfig, load_adapter, write_adapter
+from tests.test_cli import failure
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 WORDS = ["mat", "cats", "Katze", "кошка", "tapit", "yes", "qattus"]
@@ -388,3 +389,10 @@ def test_the_command_measures_tasks_offline_and_says_what_needs_a_download(folde
     failed = rows["belebele_mlt_Latn", None]
     assert failed["status"] == "failed" and "cannot be downloaded here" in failed["why"]
     assert failed["language"] == "mlt_Latn"
+
+
+def test_the_command_fails_where_every_task_failed(folder, tmp_path, monkeypatch, capsys):
+    base = save_tiny(tmp_path / "base")
+    command = ["evaluate", "--model", base, "--tasks", "nothing_like_it", "--task-folder", folder, "--device", "cpu"]
+    error = failure(monkeypatch, capsys, *command)
+    assert "No task could be measured; why nothing_like_it could not: nothing_like_it is no task of" in error
