@@ -11,8 +11,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: setup
 	$(BIN)/lape-fast demo
 
+# A process for each core: the models of the tests are too small to share.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 # The atlas and the reports in a real browser; on Debian and Ubuntu this installs it.
 test-browser: setup chromium
