@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import math
 import multiprocessing
 import os
 import resource
@@ -169,7 +170,7 @@ def shares(inputs: int, names: list[str] | None = None) -> dict[str, int]:
     from benchmarks.fuzz_targets import MAKERS, SHARES
 
     weights = {name: SHARES.get(name, 1.0) for name in names or MAKERS}
-    return {name: max(1, round(inputs * weight / sum(weights.values()))) for name, weight in weights.items()}
+    return {name: math.ceil(inputs * weight / sum(weights.values())) for name, weight in weights.items()}
 
 
 def campaign(inputs: int, seed: int, processes: int, names: list[str] | None = None) -> list[dict[str, Any]]:
