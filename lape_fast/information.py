@@ -27,6 +27,9 @@ OPTIONAL = {
     "liger-kernel": "liger",
 }
 
+# The kinds of files that are read.
+READ = ("counts", "neurons")
+
 BUILD = "pip install --no-build-isolation -e . builds the native code"
 
 
@@ -40,7 +43,15 @@ def describe_file(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        return describe_adapter(path)
+        try:
+            return describe_adapter(path)
+        except FileFormatError:
+            inside = sorted(each for each in path.glob("*.safetensors") if read_metadata(each).get("kind") in READ)
+            if not inside:
+                raise
+            raise FileFormatError(
+                f"{path} is a folder of files; info reads one of them, such as {inside[0]}, or an adapter folder."
+            ) from None
     kind = read_metadata(path).get("kind")
     if kind == "counts":
         return {"kind": kind, **ActivationCounts.load(path).summary()}

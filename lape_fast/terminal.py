@@ -81,8 +81,8 @@ HALVES = "Halves agree: Jaccard index of the neurons that the two halves of a la
 
 # LAPE's own thresholds leave a small model's languages without neurons.
 NONE_SELECTED = (
-    "{without} of {languages} languages have no neurons by this rule. `lape-fast select` with --rule budget gives each "
-    "as many as the others, in a second and from the same counts; with LAPE, raise top_rate and lower both quantiles."
+    "{without} of {languages} languages have no neurons by this rule. `lape-fast select COUNTS --rule budget --output "
+    "FILE` gives each as many as the others, in a second; with LAPE, raise top_rate and lower both quantiles."
 )
 
 

@@ -490,6 +490,8 @@ def test_errors_are_one_sentence_without_a_traceback(workplace, monkeypatch, cap
         ([*count, "--quantise", "nf4", "--fsdp"], "cannot be quantised as nf4"),
         (["publish", texts, "--counts", counts, "--neurons", neurons], "texts exists already"),
         (["publish", workplace / "new", "--counts", neurons, "--neurons", neurons], "'neurons'"),
+        (["info", workplace / "out"], "counts.safetensors, or an adapter folder"),
+        (["info", texts], "is not an adapter folder"),
         ([*ablate, "--output", workplace / "ablation.csv"], "ending in .json"),
         ([*ablate, "--output", workplace / "taken.json"], "taken.png exists already"),
         ([*ablate, "--output", workplace / "drawn.json"], "drawn.svg exists already"),

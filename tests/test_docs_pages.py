@@ -95,7 +95,7 @@ def test_the_commands_of_the_readme_run(workplace, monkeypatch):
     Path("out/neurons.safetensors").unlink()
     Path("out").rmdir()
     mine = commands(ROOT / "README.md")
-    assert [command.split()[1] for command in mine[:4]] == ["identify", "tune", "evaluate", "merge"]
+    assert [command.split()[1] for command in mine[:5]] == ["doctor", "identify", "tune", "evaluate", "merge"]
     rule = " --rule lape:top_rate=0.5,filter_rate=0.5,activation_bar=0.5"
     for command in mine:
         if " identify " in command:

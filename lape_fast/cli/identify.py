@@ -253,11 +253,13 @@ def select(
         ((name, neurons),) = selections.items()
         neurons.save(output)
         print_neurons(neurons, as_json, ablation=measured.get(name))
+        note(f"Wrote {output}.")
         return
     with atomic_folder(output) as folder:
         for name, neurons in selections.items():
             neurons.save(folder / f"{name}.safetensors")
     print_selections(selections, as_json, measured)
+    note(f"Wrote {len(selections)} neuron files into {output}.")
 
 
 def convert(

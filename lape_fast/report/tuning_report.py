@@ -98,7 +98,7 @@ def _costs(report: Mapping[str, Any]) -> dict[str, str]:
         f"Memory measured ({memory['measured']})": ("{:,.1f} MiB", _mebibytes(memory["measured_bytes"])),
         "Tokens per second": ("{:,.0f}", report["tokens_per_second"]),
         "Seconds of training": ("{:,.1f}", report["training_seconds"]),
-        "Seconds with measurements": ("{:,.1f}", report["seconds"]),
+        "Seconds since the last start, with measurements": ("{:,.1f}", report["seconds"]),
         "FLOPs per token": ("{:,.0f}", report["flops_per_token"]),
         "Mean training loss": ("{:.3f} nats per token", report["train_loss"]),
     }

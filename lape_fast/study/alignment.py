@@ -392,7 +392,8 @@ def _parallel_lines(
         try:
             found = list(corpus.documents(language))
             # Blank lines are never read, so that one shows only in how many are left.
-            reason = None if len(found) == (needed or len(found)) else _wrong_number(len(found), needed, lines)
+            fits = len(found) == (needed or len(found))
+            reason = None if fits else _wrong_number(corpus, language, len(found), needed)
         except CorpusError as error:
             found, reason = [], str(error)
         if reason is None:
@@ -406,8 +407,15 @@ def _parallel_lines(
     return sentences, left_out
 
 
-def _wrong_number(found: int, needed: int, lines: LineRange) -> str:
+def _wrong_number(corpus: Corpus, language: str, found: int, needed: int) -> str:
+    files, lines = len(corpus.shard_id(language)["parts"]), corpus.describe()["lines"]
+    counted = f"it has {found:,} lines of text where {needed:,} are needed"
+    if files > 1:
+        return (
+            f"{counted} (lines {lines} of each of its {files} files; a folder is read with its subfolders); name the "
+            f"aligned files alone, each with its own --corpus, as in --corpus FOLDER/{language}.txt."
+        )
     return (
-        f"it has {found:,} lines of text where {needed:,} are needed (lines {lines}, none of them blank, one file a "
-        "language); leave the language out, or choose lines that every language has."
+        f"{counted} (lines {lines}, none of them blank, one file a language); leave the language out, or choose lines "
+        "that every language has."
     )

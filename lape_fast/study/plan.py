@@ -74,7 +74,7 @@ def _check_text(recipe: Recipe) -> str:
 
 def _is_remote(name: str) -> bool:
     """Whether a corpus is named by a short name or an id of the hub."""
-    hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
     return not Path(name).exists() and (hub_id or known_corpus(name) is not None)
 
 
@@ -111,6 +111,7 @@ def _memory(recipe: Recipe, config: Any, gpu: str | float | None) -> Plan:
         rows_per_step=training.rows_per_step,
         rows_per_pass=training.rows_per_pass,
         context_length=training.context_length,
-        dtype="bfloat16" if recipe.dtype == "auto" else recipe.dtype,
+        # A config without weights, as that of an ``architecture``, names none.
+        dtype=(getattr(config, "dtype", None) or "bfloat16") if recipe.dtype == "auto" else recipe.dtype,
         gpu=gpu,
     )

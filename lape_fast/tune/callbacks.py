@@ -23,14 +23,23 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Progress(TrainerCallback):
-    """Moves a progress bar by a step; where there is no terminal, a line tells of every measurement and checkpoint."""
+    """Moves a progress bar by a step; where there is no terminal, a line tells of every measurement and checkpoint.
 
-    def __init__(self, advance: Advance, tokens_per_step: int):
-        self._advance, self._tokens_per_step = advance, tokens_per_step
+    Args:
+        advance: moves the bar.
+        tokens_per_step: what the rate counts.
+        measures_base: whether the validation lines are measured before the first step, which may take long.
+    """
+
+    def __init__(self, advance: Advance, tokens_per_step: int, measures_base: bool):
+        self._advance, self._tokens_per_step, self._measures_base = advance, tokens_per_step, measures_base
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:
             log(f"Going on from step {state.global_step} of {state.max_steps}.")
+        elif self._measures_base:
+            self._advance(0, note="validating")
+            log("Measuring the base on the validation lines.")
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         log(f"Step {state.global_step} of {state.max_steps}: validation loss {metrics['eval_loss']:.4f}.")
@@ -42,7 +51,7 @@ class Progress(TrainerCallback):
         )
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._advance(1, self._tokens_per_step)
+        self._advance(1, self._tokens_per_step, note="validating" if control.should_evaluate else "")
 
 
 class RowMeans(TrainerCallback):

@@ -241,6 +241,10 @@ def train(
         trainer.add_callback(RowMeans())
         interruption = stack.enter_context(Interruption(world))
         trainer.add_callback(interruption)
+        if world.is_main:
+            advance = stack.enter_context(progress_bar(description, steps))
+            # In front of the measurements, which it announces.
+            trainer.add_callback(Progress(advance, tokens_per_step, watched is not None and validation is not None))
         if watched is not None:
             every = min(settings.evaluate_every, steps)
             path = output / DYNAMICS_NAME
@@ -250,8 +254,6 @@ def train(
             trainer.add_callback(
                 Dynamics(path, watched, model, validation, records, every, tokens_per_step, world.is_main)
             )
-        if world.is_main:
-            trainer.add_callback(Progress(stack.enter_context(progress_bar(description, steps)), tokens_per_step))
         # accelerate renames what the Trainer passes to it.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

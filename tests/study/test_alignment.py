@@ -208,6 +208,16 @@ def test_languages_without_parallel_lines_are_named(texts):
         align_languages(model, tokenizer, open_corpus(texts, lines="1-4"), "spa_Latn", pivot="ita_Latn")
 
 
+def test_a_folder_with_other_text_of_a_language_is_refused(texts):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    (texts / "mono").mkdir()
+    (texts / "mono" / "mlt_Latn.txt").write_text("Iva.\nLe.\n")
+    with pytest.raises(CorpusError, match=r"4 lines .* 2 are needed .* each of its 2 files.*--corpus FOLDER/mlt_Latn"):
+        align_languages(model, tokenizer, open_corpus(texts, lines="1-2"), "mlt_Latn")
+    named = open_corpus([texts / "mlt_Latn.txt", texts / "eng_Latn.txt"], lines="1-2")
+    assert align_languages(model, tokenizer, named, "mlt_Latn").languages == ("eng_Latn",)
+
+
 def test_what_cannot_be_compared_is_refused(texts):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     with pytest.raises(LanguageError, match="'nld_Latn' is not among"):

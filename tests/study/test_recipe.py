@@ -93,7 +93,7 @@ def test_what_is_wrong_is_named_with_the_nearest_known(changes, words):
 
 def test_a_recipe_that_is_no_mapping_or_no_yaml_is_refused(tmp_path):
     path = tmp_path / "recipe.yaml"
-    for text, words in (("- 1", "write a mapping"), ("a: [", "cannot be read")):
+    for text, words in (("- 1", "must be a mapping"), ("a: [", "cannot be read")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):
             read_recipe(path)
@@ -181,6 +181,14 @@ def test_a_language_that_the_text_lacks_is_named_before_anything_runs(tmp_path):
         plan_study(lacking)
     with pytest.raises(CorpusError, match="no folder with .txt files"):
         plan_study(lacking.with_corpus(str(tmp_path / "nothing")))
+
+
+def test_a_folder_that_is_not_there_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CorpusError, match="'texts/' does not exist"):
+        plan_study(recipe(text__corpus="texts/"))
+    facts, _ = plan_study(recipe(text__corpus="owner/texts"))
+    assert "on the hub" in facts["text"]
 
 
 def test_only_files_of_the_folder_itself_are_aligned(tmp_path):
