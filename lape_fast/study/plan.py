@@ -103,7 +103,7 @@ def _config(recipe: Recipe) -> tuple[Any, str]:
 
 def _memory(recipe: Recipe, config: Any, gpu: str | float | None) -> Plan:
     text = config.get_text_config()
-    per_layer = round(NEURON_SHARE * text.intermediate_size)
+    per_layer = max(1, round(NEURON_SHARE * text.intermediate_size))
     training = recipe.training
     return plan(
         config,

@@ -12,6 +12,7 @@ from lape_fast.errors import ConfigError, CorpusError
 from lape_fast.study import plan_study, read_recipe
 from lape_fast.study.recipe import parse_recipe
 from lape_fast.study.runs import count_runs
+from tests.tiny_models import save_tiny
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PAPER = {
@@ -153,6 +154,17 @@ def test_the_papers_recipes_are_planned_without_weights_and_without_a_network(na
     # 1 % of 14,336 neurons in every layer.
     assert memory.training["neurons"] == 143 * layers
     assert memory.fits("checkpoint")
+
+
+def test_a_model_is_planned_in_the_dtype_of_its_checkpoint(tmp_path):
+    for language in ("mlt_Latn", "isl_Latn"):
+        (tmp_path / f"{language}.txt").write_text("a\n" * 30)
+    save_tiny(tmp_path / "base", "llama")
+    planned = {
+        dtype: plan_study(recipe(base=None, model=str(tmp_path / "base"), text__corpus=str(tmp_path), dtype=dtype))[1]
+        for dtype in ("auto", "float32", "bfloat16")
+    }
+    assert planned["auto"].to_dict() == planned["float32"].to_dict() != planned["bfloat16"].to_dict()
 
 
 def test_the_small_recipe_is_what_the_study_of_record_needs(shared_corpus):

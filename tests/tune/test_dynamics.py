@@ -125,7 +125,7 @@ def test_gradient_norms_are_those_before_clipping(base, corpus, tmp_path):
     assert free["total"] > 1e-2
 
 
-def test_the_loss_is_the_mean_since_the_record_before_and_validation_starts_at_step_0(base, corpus, tmp_path):
+def test_the_loss_is_the_mean_since_the_record_before_and_validation_starts_at_step_0(base, corpus, tmp_path, capfd):
     settings = TrainingSettings(**{**vars(SETTINGS), "steps": 60, "evaluate_every": 20, "learning_rate": 0.0})
     _, report, records = tuned(base, corpus, tmp_path / "adapter", "ffn", settings, validation=corpus)
     # Every twentieth of the run, and where it is measured.
@@ -136,6 +136,8 @@ def test_the_loss_is_the_mean_since_the_record_before_and_validation_starts_at_s
     validation = [record["validation_loss"] for record in records if "validation_loss" in record]
     assert len(validation) == 4
     assert validation == pytest.approx([validation[0]] * 4, rel=1e-6)
+    printed = capfd.readouterr().err
+    assert printed.index("Measuring the base on the validation lines.") < printed.index("validation loss")
 
 
 @pytest.mark.parametrize("method", ["subnetwork", "full", "lora:rank=4,dropout=0.1"])
