@@ -2,11 +2,11 @@
 
     python -m benchmarks.fuzz --inputs 100000 --seed 0 --json FILE
 
-Input number i of a target is the same in every campaign of one seed. Each target runs in processes of its own with a
-limit of address space and a limit of time for each input; one that crashes or hangs is started again behind the input
-that it was at. An input fails if it is neither read nor refused by a LapeFastError whose message is a sentence that
-names the file, if code in it was run, if it takes too long, or if it ends the process. Failures are kept in
-``build/faults/``.
+Input number i of a target is the same change in every campaign of one seed (of a file that safetensors may order
+otherwise). Each target runs in processes of its own with a limit of address space and a limit of time for each input;
+one that crashes or hangs is started again behind the input that it was at. An input fails if it is neither read nor
+refused by a LapeFastError whose message is a sentence that names the file, if code in it was run, if it takes too long,
+or if it ends the process. Failures are kept in ``build/faults/``.
 """
 
 from __future__ import annotations
@@ -91,11 +91,12 @@ def work(answers: Connection, name: str, seed: int, first: int, last: int) -> No
         resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
         answers.send({"ready": _peak()})
         for number in range(first, last):
-            answers.send({"begin": number})
+            data = make_input(target, name, seed, number)
+            answers.send({"begin": number, "data": data})
             # Ends the process where it stands, in Python or below.
             signal.alarm(SECONDS)
             start = time.perf_counter()
-            outcome, message = check(target, target.place / target.name, make_input(target, name, seed, number))
+            outcome, message = check(target, target.place / target.name, data)
             signal.alarm(0)
             answers.send((number, outcome, message, time.perf_counter() - start, _peak()))
 
@@ -120,6 +121,7 @@ def run_target(name: str, seed: int, inputs: int, worker: Callable = work) -> di
                 said = answers.recv()
                 if isinstance(said, dict):
                     ready, began = said.get("ready", ready), said.get("begin", began)
+                    data = said.get("data", b"")
                     continue
                 number, outcome, message, seconds, resident = said
                 outcomes[outcome] += 1
@@ -128,6 +130,7 @@ def run_target(name: str, seed: int, inputs: int, worker: Callable = work) -> di
                 peak = max(peak, resident - ready)
                 if outcome == "FAILED":
                     failures.append({"input": number, "message": message[:2_500]})
+                    keep(name, seed, failures[-1], data)
                 number += 1
         child.join()
         if child.exitcode and began is None:
@@ -136,6 +139,7 @@ def run_target(name: str, seed: int, inputs: int, worker: Callable = work) -> di
             outcomes["FAILED"] += 1
             died = signal.Signals(-child.exitcode).name if child.exitcode < 0 else f"status {child.exitcode}"
             failures.append({"input": began, "message": f"the process ended by {died}"})
+            keep(name, seed, failures[-1], data)
             number = began + 1
     return {
         "target": name,
@@ -152,17 +156,12 @@ def run_target(name: str, seed: int, inputs: int, worker: Callable = work) -> di
     }
 
 
-def keep_failures(name: str, seed: int, failures: list[dict[str, Any]]) -> None:
-    """Writes the inputs that failed, and why, to ``build/faults/``."""
-    from benchmarks.fuzz_targets import make_targets
-
-    with tempfile.TemporaryDirectory() as folder:
-        target = make_targets(Path(folder), [name])[name]
+def keep(name: str, seed: int, failure: dict[str, Any], data: bytes) -> None:
+    """Writes an input that failed, and why, to ``build/faults/``."""
     KEPT.mkdir(parents=True, exist_ok=True)
-    for failure in failures:
-        path = KEPT / f"{name.replace(' ', '-')}-{seed}-{failure['input']}-{target.name}"
-        path.write_bytes(make_input(target, name, seed, failure["input"]))
-        path.with_name(path.name + ".why").write_text(failure["message"] + "\n", encoding="utf-8")
+    path = KEPT / f"{name.replace(' ', '-')}-{seed}-{failure['input']}"
+    path.write_bytes(data)
+    path.with_name(path.name + ".why").write_text(failure["message"] + "\n", encoding="utf-8")
 
 
 def shares(inputs: int, names: list[str] | None = None) -> dict[str, int]:
@@ -183,8 +182,6 @@ def campaign(inputs: int, seed: int, processes: int, names: list[str] | None = N
 
 def _run_and_tell(name: str, seed: int, inputs: int) -> dict[str, Any]:
     row = run_target(name, seed, inputs)
-    if row["failures"]:
-        keep_failures(name, seed, row["failures"])
     log(f"{name}: {inputs:,} inputs in {row['seconds']:,.0f} s, {len(row['failures'])} failed.")
     return row
 

@@ -122,6 +122,8 @@ def _is_hub_id(model: Any) -> bool:
 def _stability(measured: dict[str, Any]) -> str:
     if measured["jaccard"] is None:
         return "unknown"
+    if measured.get("interval") is None:
+        return f"{measured['jaccard']:.2f}"
     return "{:.2f}, {:.2f} to {:.2f}".format(measured["jaccard"], *measured["interval"])
 
 

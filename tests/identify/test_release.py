@@ -27,6 +27,7 @@ METADATA = {
     "stability": {
         "mlt_Latn": {"jaccard": 0.971234, "interval": [0.9512, 0.9876], "neurons": 40},
         "nob_Latn": {"jaccard": None, "interval": None, "neurons": 0},
+        "srp_Cyrl": {"jaccard": 0.5, "interval": None, "neurons": 1},
     },
 }
 HOSTILE = "x\n---\nlicense: evil\n# <script>alert(1)</script> | `code` [link](http://evil.example) *b*\u202e"
@@ -129,6 +130,7 @@ def test_the_card_states_what_a_user_must_know(workplace):
     counts = " | ".join(str(each.count("cym_Latn")) for each in workplace.sets.values())
     assert row == rf"| cym\_Latn | Welsh | 12,345 | not measured | {counts} |"
     assert "| Maltese | 100 | 0.97, 0.95 to 0.99 |" in text and "Bokmål | 100 | unknown |" in text
+    assert "| Serbian | 100 | 0.50 |" in text
     assert "| corpus | spec texts, lines 1-90 |" in text
     assert "Measured on: spec held-out, lines 91-99." in text
     assert r"| cym\_Latn | Welsh | " in text and "| +0.5000 | +0.5000 | +0.5000 |" in text
