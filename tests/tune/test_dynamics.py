@@ -208,6 +208,6 @@ def test_a_run_that_was_killed_behind_its_last_step_ends_as_if_it_never_was(base
 def test_what_is_no_record_is_named(tmp_path):
     with pytest.raises(FileFormatError, match="does not exist"):
         read_dynamics(tmp_path)
-    (tmp_path / "dynamics.jsonl").write_text('{"step": 0, "tokens": 0}\nnonsense\n')
+    (tmp_path / "dynamics.jsonl").write_text('{"step": 0, "tokens": 0, "seconds": 0.0}\nnonsense\n')
     with pytest.raises(FileFormatError, match="Line 2 of"):
         read_dynamics(tmp_path)
