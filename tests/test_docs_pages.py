@@ -43,7 +43,7 @@ test_split: test
 output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_target: "{{answer}}"
-doc_to_choice: [yes, no]
+doc_to_choice: ["yes", "no"]
 metric_list: [{metric: acc}]
 """
 
