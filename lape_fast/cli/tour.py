@@ -95,7 +95,7 @@ def demo(
 ) -> None:
     """Train a small model on built-in text, find its language neurons, tune one language, and write a report.
 
-    Takes about 6 minutes on 2 cores, and needs no network and no GPU.
+    Takes about 8 minutes on 2 cores, and needs no network and no GPU.
 
     Example: lape-fast demo
     """
