@@ -11,7 +11,6 @@ import ctypes
 import os
 import random
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -20,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from tests.identify.processes import free_port, rank_environment
 
 # Seconds. A process that is still there after PATIENCE hangs; a launcher ends the ones that are left after GRACE.
 PATIENCE, GRACE = 300.0, 30.0
@@ -141,9 +142,7 @@ def _group_lives(group: int) -> bool:
 
 def start(function: Callable[[], object], logs: Path, size: int = 1) -> Start:
     """Forks ``size`` processes that run ``function``, and returns once all of them are about to."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     logs.mkdir(parents=True, exist_ok=True)
     begun = Start({}, [logs / f"{rank}.log" for rank in range(size)])
     STARTS.append(begun)
@@ -173,18 +172,8 @@ def _become(function: Callable[[], object], log: Path, rank: int, size: int, por
         # A test runner captures what is written to the streams of its own process.
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            # Without it accelerate takes all cores.
-            "OMP_NUM_THREADS": "1",
-            # gloo looks for the host's own address otherwise, which may lead nowhere.
-            "GLOO_SOCKET_IFNAME": "lo",
-        }
+        # gloo looks for the host's own address otherwise, which may lead nowhere.
+        os.environ |= {**rank_environment(rank, size, port), "GLOO_SOCKET_IFNAME": "lo"}
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.write(ready, b".")

@@ -32,9 +32,10 @@ evaluation: {{other_lines: 2, test_other_lines: 2, context_length: 32, batch_tok
 
 # What no two runs have in common.
 TIMES = ("speed", "measured_bytes", "peak_bytes", "total_flos", "date")
+TIME_ENDINGS = ("seconds", "_per_second", "_runtime")
+
 # Made of results that are compared, times included.
 MADE = ("report.html", "summary.csv")
-TIME_ENDINGS = ("seconds", "_per_second", "_runtime")
 
 
 @dataclass(frozen=True)

@@ -12,27 +12,27 @@ from typing import Any
 from torch import Tensor
 
 from lape_fast.errors import ConfigError, FileFormatError
-from lape_fast.files import fits, read_metadata, read_tensors, write_tensors
+from lape_fast.files import UNFINISHED, fits, read_metadata, read_tensors, write_tensors
 from lape_fast.identify.chunks import Position
 from lape_fast.identify.distributed import World
 
 
-def _is_number(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
 # Of the metadata of a file; the state is checked by the stream that it goes to.
 SHAPE = {
     "run": dict,
-    "processes": _is_number,
-    "generation": _is_number,
-    "round": _is_number,
+    "processes": _is_count,
+    "generation": _is_count,
+    "round": _is_count,
     "stopped": [str],
     "positions": {
         str: {
-            "tokens": _is_number,
-            "chunks": _is_number,
-            "documents": _is_number,
+            "tokens": _is_count,
+            "chunks": _is_count,
+            "documents": _is_count,
             "ended": bool,
             "bad_files": [str],
             "state": (None, dict),
@@ -132,7 +132,7 @@ class Checkpoints:
             self.save(Progress(_latest(known), earliest.round, earliest.stopped), total)
             current = [(self._own(), {})]
         # What a killed process was writing is as large as a checkpoint.
-        for path in self.folder.glob(".*.partial"):
+        for path in self.folder.glob(f".*{UNFINISHED}"):
             path.unlink()
         for path, _ in files:
             if path not in [kept for kept, _ in current]:

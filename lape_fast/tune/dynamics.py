@@ -110,7 +110,8 @@ class Dynamics(TrainerCallback):
         self._seconds = next((entry["seconds"] for entry in reversed(state.log_history) if "seconds" in entry), 0.0)
         kept = []
         if state.global_step:
-            kept = [record for record in _whole_lines(self._path) if record["step"] <= state.global_step]
+            lines = read_text(self._path, LONGEST_JSON).splitlines() if self._path.exists() else []
+            kept = [record for record in _whole_records(lines) if record["step"] <= state.global_step]
         if self._writes:
             write_text(self._path, "".join(_line(record) for record in kept))
         self._recorded = kept[-1]["step"] if kept else state.global_step
@@ -221,8 +222,9 @@ def read_dynamics(path: str | os.PathLike) -> list[dict[str, Any]]:
     path = path / DYNAMICS_NAME if path.is_dir() else path
     if not path.is_file():
         raise FileFormatError(f"{path} does not exist; name the folder of an adapter that tune wrote.")
-    records = _whole_lines(path)
-    if len(records) != len(read_text(path, LONGEST_JSON).splitlines()):
+    lines = read_text(path, LONGEST_JSON).splitlines()
+    records = _whole_records(lines)
+    if len(records) != len(lines):
         raise FileFormatError(f"Line {len(records) + 1} of {path} is not a record of training; tune again.")
     return records
 
@@ -273,12 +275,12 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record) + "\n"
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def _whole_records(lines: Sequence[str]) -> list[dict[str, Any]]:
     """The records up to the first line that is cut off."""
     records = []
-    for line in read_text(path, LONGEST_JSON).splitlines() if path.exists() else []:
+    for line in lines:
         try:
-            record = parse_json(line, str(path))
+            record = parse_json(line, "a record")
         except FileFormatError:
             break
         if not fits(record, KNOWN) or any(name in record and not fits(record[name], shape) for name, shape in MORE):

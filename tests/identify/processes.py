@@ -16,6 +16,27 @@ import torch
 KEPT: list[Any] = []
 
 
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun sets in the environment of a process, on one thread."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # Without it accelerate takes all cores again.
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 def start(function: Callable[[], Any], rank: int = 0, size: int = 1, port: int = 0):
     """Forks a process that runs ``function`` on one thread, and returns it with the pipe that its result comes by."""
     context = multiprocessing.get_context("fork")
@@ -24,16 +45,7 @@ def start(function: Callable[[], Any], rank: int = 0, size: int = 1, port: int =
     def run() -> None:
         # OpenMP's threads do not survive a fork.
         torch.set_num_threads(1)
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            # Without it accelerate takes all cores again.
-            "OMP_NUM_THREADS": "1",
-        }
+        os.environ |= rank_environment(rank, size, port)
         sender.send(function())
 
     process = context.Process(target=run)
@@ -48,9 +60,7 @@ def run_together(function: Callable[[], Any], size: int, kill: Callable[[], None
     Returns:
         The results in the order of ranks; None for a process that was killed before it had one.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     running = [start(function, rank, size, port) for rank in range(size)]
     if kill is not None:
         kill()
